@@ -1,0 +1,456 @@
+"""A run's configuration: strict YAML and dotted overrides become one frozen `Config`.
+
+Reading order: the records (a field's description is its documentation), then `load_config`. What
+is not understood is refused: every failure is one `ConfigError` that names file, dotted key, what
+arrived, the closest match and the remedy. Free arguments (`method.args`, `rewards[].args`) are
+checked against the function that will receive them by `check_call`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field, field_validator, model_validator
+
+from flowrl import yamlio
+from flowrl.calls import check_call
+from flowrl.errors import ConfigError
+from flowrl.strict import (
+    Key,
+    Record,
+    apply_overrides,
+    escape,
+    field_type,
+    fields,
+    interpolate,
+    validate,
+)
+
+__all__ = ["Config", "check_call", "describe_fields", "dump_config", "load_config", "to_dict"]
+
+Unit = Annotated[float, Field(ge=0, lt=1)]
+Args = dict[str, Any]
+
+
+class RunConfig(Record):
+    """What the run is called, where it writes and how long it lasts."""
+
+    name: str = Field(min_length=1, description="name of the run and of its folder in output_dir")
+    output_dir: str = Field(
+        default="runs", min_length=1, description="folder that holds the run's folder"
+    )
+    seed: int = Field(default=0, ge=0, description="seed from which every random number is derived")
+    steps: int = Field(ge=1, description="training steps; one step is one rollout")
+    resume: str | None = Field(
+        default=None, min_length=1, description="checkpoint to go on from: 'latest' or its folder"
+    )
+    max_minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="stop, save, evaluate and report after this much training, minutes",
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_folder_name(cls, name: str) -> str:
+        if name in (".", "..") or "/" in name or "\\" in name:
+            raise ValueError(
+                f"run.name must be a plain folder name, got {name!r}; "
+                "put the path into run.output_dir"
+            )
+        return name
+
+
+class LoraConfig(Record):
+    """Low-rank adapters; used with `model.tuning: lora`."""
+
+    rank: int = Field(default=32, ge=1, description="rank of the adapters")
+    alpha: float = Field(
+        default=64.0, gt=0, description="scale of the adapters; they weigh alpha / rank"
+    )
+    target_modules: tuple[str, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="names of the layers adapted; null = the pipeline's choice",
+    )
+
+
+class ModelConfig(Record):
+    """The generator, and what of it is trained."""
+
+    pipeline: str = Field(
+        default="sd3", min_length=1, description="adapter of the model's architecture"
+    )
+    id: str = Field(
+        min_length=1, description="'shapes' (the embedded model), a Hub id or a diffusers folder"
+    )
+    revision: str | None = Field(
+        default=None, min_length=1, description="the Hub's branch, tag or commit"
+    )
+    guidance_scale: float = Field(
+        default=1.0, ge=0, description="classifier-free guidance in rollout and training, 1 = off"
+    )
+    height: int | None = Field(
+        default=None, ge=1, description="height of the images, pixels; null = the model's own"
+    )
+    width: int | None = Field(
+        default=None, ge=1, description="width of the images, pixels; null = the model's own"
+    )
+    max_sequence_length: int = Field(
+        default=256,
+        ge=1,
+        description="length to which the T5 text is padded, tokens: as the model was trained",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32",
+        description="precision in which the network and the frozen parts are held",
+    )
+    tuning: Literal["full", "lora"] = Field(
+        default="full", description="train all weights, or adapters"
+    )
+    lora: LoraConfig = Field(default=LoraConfig(), description="the adapters")
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="recompute activations in the backward pass: less memory, more time",
+    )
+    args: Args = Field(
+        default_factory=dict, description="further arguments of the pipeline's constructor"
+    )
+
+
+class MethodConfig(Record):
+    """The alignment method."""
+
+    name: str = Field(min_length=1, description="name of the method, e.g. mix_grpo")
+    args: Args = Field(
+        default_factory=dict, description="arguments of the method; defaults are its paper's"
+    )
+
+
+class DataConfig(Record):
+    """The training prompts and the geometry of a rollout."""
+
+    train: str = Field(min_length=1, description="JSONL or text file of prompts, or 'shapes/train'")
+    num_groups: int = Field(ge=1, description="prompts per rollout, over all processes")
+    group_size: int = Field(ge=1, description="samples per prompt")
+    shuffle: bool = Field(
+        default=True, description="draw prompts in a seeded order, not the file's"
+    )
+
+
+class RewardConfig(Record):
+    """One reward and its weight in the sum."""
+
+    name: str = Field(min_length=1, description="name of the reward")
+    weight: float = Field(default=1.0, description="factor in the weighted sum")
+    args: Args = Field(default_factory=dict, description="arguments of the reward's constructor")
+
+
+class OptimConfig(Record):
+    """AdamW, its schedule, and how a rollout is split into updates."""
+
+    lr: float = Field(gt=0, description="learning rate after the warm-up")
+    betas: tuple[Unit, Unit] = Field(
+        default=(0.9, 0.999), description="AdamW's decay of both moments"
+    )
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(default=1e-4, ge=0, description="AdamW's decoupled weight decay")
+    max_grad_norm: float = Field(
+        default=1.0, gt=0, description="global norm to which gradients are cut"
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="course of the learning rate after the warm-up, down to 0"
+    )
+    warmup_steps: int = Field(default=0, ge=0, description="linear warm-up, optimiser updates")
+    updates_per_rollout: int = Field(
+        default=1, ge=1, description="optimiser updates into which a rollout's groups are split"
+    )
+    epochs: int = Field(default=1, ge=1, description="passes over a rollout")
+    ema_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="decay of the moving average of the weights; null = none",
+    )
+    ema_every: int = Field(default=1, ge=1, description="optimiser updates between two EMA updates")
+
+
+class ComputeConfig(Record):
+    """How the work is cut up; changes speed and memory, never the result."""
+
+    micro_batch_size: int = Field(ge=1, description="network rows per forward and backward")
+    rollout_batch_size: int = Field(ge=1, description="network rows per forward without gradient")
+    decode_batch_size: int = Field(ge=1, description="images per call of the decoder")
+    mixed_precision: Literal["no", "fp16", "bf16"] = Field(
+        default="no", description="autocast of the trained network"
+    )
+    recompute_old_log_prob: bool = Field(
+        default=False, description="score a rollout again in training's batches before learning"
+    )
+    ratio_tolerance: float | None = Field(
+        default=None,
+        gt=0,
+        description="how far from 1 the ratio of the first pass may be; null = a tenth of the clip "
+        "range, within 2e-6 and 1e-4",
+    )
+    threads: int | None = Field(
+        default=None, ge=1, description="CPU threads per process; null = torch's choice"
+    )
+
+
+class EvalConfig(Record):
+    """The held-out evaluation; it does not disturb training."""
+
+    data: str = Field(
+        default="shapes/heldout", min_length=1, description="file of prompts, or 'shapes/heldout'"
+    )
+    every: int = Field(
+        default=0, ge=0, description="training steps between two, 0 = only at both ends"
+    )
+    num_steps: int = Field(ge=1, description="sampler steps")
+    guidance_scale: float | None = Field(default=None, ge=0, description="guidance; null = model's")
+    samples_per_prompt: int = Field(default=1, ge=1, description="images per prompt")
+    seed: int = Field(
+        default=1234, ge=0, description="seed of the starting noise, the same every time"
+    )
+    max_prompts: int | None = Field(
+        default=None, ge=1, description="use the first so many; null = all"
+    )
+    rewards: tuple[RewardConfig, ...] | None = Field(
+        default=None, min_length=1, description="rewards measured; null = those trained on"
+    )
+    num_samples_shown: int = Field(
+        default=8, ge=0, description="images kept for report and tracker"
+    )
+
+
+class CheckpointConfig(Record):
+    """When the run's state is saved."""
+
+    every: int = Field(
+        default=10, ge=0, description="training steps between two, 0 = only at the end"
+    )
+    keep: int = Field(default=2, ge=1, description="checkpoints kept; older ones are deleted")
+
+
+class TrackConfig(Record):
+    """Where metrics go besides metrics.jsonl."""
+
+    trackers: tuple[Literal["wandb", "tensorboard"], ...] = Field(
+        default=(), description="accelerate's trackers to write to"
+    )
+    project: str = Field(default="flowrl", min_length=1, description="project in the tracker")
+    entity: str | None = Field(default=None, min_length=1, description="W&B's team or user")
+    mode: Literal["offline", "online"] = Field(default="offline", description="W&B's mode")
+    tags: tuple[str, ...] = Field(default=(), description="W&B's tags")
+    image_every: int = Field(
+        default=0, ge=0, description="training steps between two grids of rollouts, 0 = none"
+    )
+    log_every: int = Field(
+        default=1, ge=1, description="training steps between two lines of metrics"
+    )
+
+
+class Config(Record):
+    """Everything that defines a run."""
+
+    run: RunConfig = Field(description="the run")
+    model: ModelConfig = Field(description="the generator")
+    method: MethodConfig = Field(description="the alignment method")
+    data: DataConfig = Field(description="the training prompts")
+    rewards: tuple[RewardConfig, ...] = Field(min_length=1, description="rewards that are summed")
+    optim: OptimConfig = Field(description="the optimiser")
+    compute: ComputeConfig = Field(description="how the work is cut up")
+    eval: EvalConfig = Field(description="the held-out evaluation")
+    checkpoint: CheckpointConfig = Field(
+        default=CheckpointConfig(), description="when the state is saved"
+    )
+    track: TrackConfig = Field(default=TrackConfig(), description="where metrics go")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        groups, updates = self.data.num_groups, self.optim.updates_per_rollout
+        if groups % updates:
+            low = groups // updates * updates
+            fitting = " or ".join(str(each) for each in (low, low + updates) if each)
+            raise ValueError(
+                f"data.num_groups={groups} groups do not divide into "
+                f"optim.updates_per_rollout={updates} updates; use {fitting} groups"
+            )
+        total = self.run.steps * updates * self.optim.epochs
+        if self.optim.warmup_steps > total:
+            raise ValueError(
+                f"optim.warmup_steps={self.optim.warmup_steps} exceeds the run's {total} updates "
+                f"({self.run.steps} steps x {updates} x {self.optim.epochs} epochs); lower it"
+            )
+        for key, rewards in (("rewards", self.rewards), ("eval.rewards", self.eval.rewards or ())):
+            names = [reward.name for reward in rewards]
+            for name in names:
+                if names.count(name) > 1:
+                    raise ValueError(
+                        f"{key} names '{name}' {names.count(name)} times, so their metrics would "
+                        "overwrite each other; keep one"
+                    )
+        return self
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """The configuration in a YAML file, with dotted overrides laid over it.
+
+    A file may begin with `base: other.yaml` (relative to itself) and is then merged over that
+    one: mappings key by key, lists as a whole. `${section.key}` stands for another key's value.
+
+    Args:
+        path: the YAML file.
+        overrides: texts such as "optim.lr=1e-4" or "rewards.0.weight=0.5"; the values are YAML.
+
+    Returns:
+        The frozen configuration with all defaults filled in.
+
+    Raises:
+        ConfigError: with all problems, a line each.
+    """
+    path = Path(path)
+    data: dict[str, Any] = {}
+    sources: dict[Key, str] = {}
+    for file, layer in _layers(path, ()):
+        data = yamlio.merge(data, layer)
+        sources |= dict.fromkeys(yamlio.leaves(layer), str(file))
+    data, by_override = apply_overrides(data, overrides, str(path))
+    data = interpolate(yamlio.merge(_defaults(), data), str(path), sources | by_override)
+    config = validate(Config, data, where=str(path), sources=sources | by_override)
+    _refuse_idle(config, by_override)
+    return config
+
+
+def _layers(path: Path, above: tuple[Path, ...]) -> list[tuple[Path, dict[str, Any]]]:
+    """The file and the files that it is based on, the lowest first."""
+    data = yamlio.read_yaml(path)
+    if "base" not in data:
+        return [(path, data)]
+    base = data.pop("base")
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base must be the path of a YAML file, got {yamlio.show(base)}")
+    above = (*above, path.resolve())
+    below = path.parent / base
+    if below.resolve() in above:
+        raise ConfigError(f"{path}: base: {base} leads back to a file above it; break the circle")
+    if not below.is_file():
+        hint = yamlio.files_beside(below)
+        raise ConfigError(f"{path}: base: {base}: no such file relative to this one; {hint}")
+    return [*_layers(below, above), (path, data)]
+
+
+def _defaults() -> dict[str, Any]:
+    """All defaults as plain data, so that an interpolation may name a key that no file sets."""
+    data: dict[str, Any] = {}
+    for key, field in fields(Config):
+        if field.is_required() or "[]" in key:
+            continue
+        *sections, name = key.split(".")
+        node = data
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = _plain(field.get_default(call_default_factory=True))
+    return data
+
+
+def _refuse_idle(config: Config, by_override: dict[Key, str]) -> None:
+    """Raise for an override of a key that another key switches off: it would do nothing."""
+    use_wandb = "wandb" in config.track.trackers
+    needs: tuple[tuple[str, bool, str], ...] = (
+        ("model.lora", config.model.tuning == "lora", "model.tuning=lora"),
+        ("optim.ema_every", config.optim.ema_decay is not None, "optim.ema_decay=0.99 or so"),
+        ("track.project", bool(config.track.trackers), "track.trackers=[wandb]"),
+        ("track.entity", use_wandb, "track.trackers=[wandb]"),
+        ("track.mode", use_wandb, "track.trackers=[wandb]"),
+        ("track.tags", use_wandb, "track.trackers=[wandb]"),
+    )
+    for key, source in by_override.items():
+        name = ".".join(key)
+        for prefix, is_met, need in needs:
+            if not is_met and f"{name}.".startswith(f"{prefix}."):
+                raise ConfigError(f"{source}: {name} would do nothing here; it needs {need}")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as nested plain data, every default filled in and tuples as lists."""
+    plain = _plain(config.model_dump())
+    assert isinstance(plain, dict)
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(each) for each in value]
+    return value
+
+
+def dump_config(config: Config, path: str | Path) -> None:
+    """Write the configuration, fully resolved, as YAML from which `load_config` gives an equal one.
+
+    Args:
+        config: what to write.
+        path: the file; it is replaced in one move.
+    """
+    yamlio.write_yaml(escape(to_dict(config)), Path(path))
+
+
+class FieldRow(NamedTuple):
+    """One line of the table of configuration keys."""
+
+    key: str
+    type: str
+    default: str
+    description: str
+
+
+def describe_fields() -> list[FieldRow]:
+    """All keys of a config in order, for docs/config.md; `[]` marks the entries of a list."""
+    rows = []
+    for key, field in fields(Config):
+        default = "required"
+        if not field.is_required():
+            default = _yaml_word(_plain(field.get_default(call_default_factory=True)))
+        rows.append(FieldRow(key, field_type(field), default, field.description or ""))
+    return rows
+
+
+def _yaml_word(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def to_markdown() -> str:
+    """The page docs/config.md."""
+    rows = []
+    for row in describe_fields():
+        default = row.default if row.default == "required" else f"`{row.default}`"
+        cells = (f"`{row.key}`", row.type, default, row.description)
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(
+        [
+            "# Configuration",
+            "",
+            "Every key of a config file, for `flowrl train CONFIG [key=value ...]`. `[]` stands",
+            "for each entry of a list. A file may begin with `base: other.yaml` and then holds",
+            "what differs; `${section.key}` is another key's value. `flowrl check CONFIG` says",
+            "whether a file fits together. Paths of prompts, models and runs are relative to the",
+            "folder from which flowrl is started, that of `base` to its file.",
+            "Made by `python -m flowrl.config > docs/config.md`.",
+            "",
+            "| key | type | default | value |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    print(to_markdown(), end="")
