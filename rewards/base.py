@@ -1,0 +1,93 @@
+"""What a reward is, and two helpers for writing one.
+
+A reward declares what it reads (`inputs`), whether it scores samples one by one (`scope`), the
+range of its scores, and turns a batch into one float each. NaN says that a sample could not be
+scored: it is then left out, never trained as 0. Any class with these members is a reward; nothing
+inherits from anything.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Metadata = Mapping[str, Any]
+INPUTS = ("images", "prompts", "metadata")
+
+
+class Reward(Protocol):
+    """Scores a batch.
+
+    Attributes:
+        inputs: which of "images", "prompts" and "metadata" are read; the others may be empty.
+        scope: "sample" if a score depends on its own sample only.
+        range: (low, high) of the scores, infinite where unbounded.
+        higher_is_better: True; a cost is negated by its reward.
+    """
+
+    inputs: tuple[str, ...]
+    scope: str
+    range: tuple[float, float]
+    higher_is_better: bool
+
+    def score(
+        self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> Tensor:
+        """Scores, float32 [B], of images float [B, 3, H, W] in [0, 1]; NaN: not to be scored."""
+        ...
+
+
+class FunctionReward:
+    """A plain function as a reward; its parameters named like inputs are the inputs it declares.
+
+    The function returns B numbers. Its other parameters are given once, when the reward is made.
+    """
+
+    scope = "sample"
+    range = (-float("inf"), float("inf"))
+    higher_is_better = True
+
+    def __init__(self, function: Callable[..., Any], args: Mapping[str, Any]) -> None:
+        """Wraps `function` with `args` for the parameters that are not inputs.
+
+        Raises:
+            ValueError: if the function reads no input.
+        """
+        parameters = inspect.signature(function).parameters
+        self.inputs = tuple(name for name in INPUTS if name in parameters)
+        self._function, self._args = function, dict(args)
+        self._name = getattr(function, "__name__", "the reward function")
+        if not self.inputs:
+            raise ValueError(
+                f"{self._name}({', '.join(parameters)}) reads nothing; "
+                f"expected at least one parameter named {', '.join(INPUTS)}"
+            )
+
+    def score(
+        self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> Tensor:
+        """The function's scores, float32 [B].
+
+        Raises:
+            ValueError: if the function does not return one number per sample.
+        """
+        given = {"images": images, "prompts": prompts, "metadata": metadata}
+        chosen = {name: given[name] for name in self.inputs}
+        scores = torch.as_tensor(self._function(**chosen, **self._args), dtype=torch.float32)
+        expected = len(chosen[self.inputs[0]])
+        if scores.shape != (expected,):
+            raise ValueError(
+                f"{self._name} returned shape {list(scores.shape)}; expected [{expected}], "
+                "one number per sample"
+            )
+        return scores
+
+
+def check_images(images: Tensor) -> None:
+    """Raises ValueError unless `images` is a float tensor [B, 3, H, W]."""
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(
+            f"expected float images [B, 3, H, W] in [0, 1], got {images.dtype} {list(images.shape)}"
+        )
