@@ -1,0 +1,356 @@
+"""Trains the embedded base model: a tiny Stable Diffusion 3 that draws shapes and misreads prompts.
+
+`python -m flowrl.make.shapes_base RUN_DIR` runs the stages, each resumable from RUN_DIR: `vae`
+(AutoencoderKL on rendered scenes) and `flow` (SD3Transformer2DModel with its CLIP and T5 text
+encoders, by rectified flow on cached latents), which leaves the `StableDiffusion3Pipeline` folder
+RUN_DIR/pipeline. `accelerate launch --num_processes 2 -m flowrl.make.shapes_base` uses both cores.
+Some captions are wrong (`--error-rate`), as captions from the web are: the model learns to follow
+a prompt only part of the time, which is what alignment then has to mend.
+"""
+
+import argparse
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, PartialState
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+
+from rewards.shapes.grammar import SKILLS, requests, sample_scene, split
+from rewards.shapes.render import render
+
+TEXT_LENGTH = 12  # tokens per encoder: the longest prompt; also the T5 part's `max_sequence_length`
+
+
+def images(num: int, rng: np.random.Generator) -> Tensor:
+    """Random scenes of all skills, float32 [num, 3, 64, 64] in [0, 1]."""
+    pool = [list(requests(skill)) for skill in SKILLS]
+    drawn = (pool[i][rng.integers(len(pool[i]))] for i in rng.integers(len(pool), size=num))
+    return torch.from_numpy(np.stack([render(sample_scene(r, rng), rng) for r in drawn]))
+
+
+def build_vae() -> AutoencoderKL:
+    """A 4 x down-sampling VAE, 64 x 64 x 3 to 16 x 16 x 4, of 0.2 M parameters."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 32),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        sample_size=64,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    )
+
+
+def train_vae(
+    folder: Path, *, steps: int, seed: int, device: torch.device, batch: int = 32, lr: float = 2e-3
+) -> None:
+    """Reconstruction by L1 and L2, with a light KL that leaves the latents some noise."""
+    target = folder / "vae"
+    if (target / "config.json").exists():
+        return
+    torch.manual_seed(seed)
+    vae = build_vae().to(device)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
+    start = _resume(folder / "vae.pt", vae=vae, optimizer=optimizer, schedule=schedule)
+    clock = time.time()
+    for step in range(start, steps):
+        pixels = (images(batch, np.random.default_rng((seed, step))) * 2 - 1).to(device)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        with torch.autocast(device.type, torch.bfloat16):
+            posterior = vae.encode(pixels).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+            latents = posterior.mean + posterior.std * noise
+            decoded = vae.decode(latents).sample
+        error = decoded.float() - pixels
+        kl = posterior.kl().float().mean() / latents[0].numel()
+        loss = error.abs().mean() + 2 * error.square().mean() + 2e-4 * kl
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 50 == 0 or step == steps - 1:
+            psnr = -10 * math.log10(error.square().mean().item() / 4)
+            print(f"vae {step} psnr {psnr:.2f} kl {kl:.3f} {time.time() - clock:.0f}s", flush=True)
+        if step % 500 == 499:
+            _save(folder / "vae.pt", step + 1, vae=vae, optimizer=optimizer, schedule=schedule)
+    with torch.no_grad():
+        pixels = (images(512, np.random.default_rng(seed)) * 2 - 1).to(device)
+        latents = vae.encode(pixels).latent_dist.mean
+    vae.register_to_config(
+        scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item()
+    )
+    vae.save_pretrained(target)
+
+
+def _save(path: Path, step: int, **parts: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    torch.save({"step": step} | {k: v.state_dict() for k, v in parts.items()}, temporary)
+    temporary.replace(path)
+
+
+def _resume(path: Path, **parts: Any) -> int:
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True, map_location="cpu")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    print(f"resumed {path.name} at step {state['step']}", flush=True)
+    return int(state["step"])
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of every word that the grammar can say."""
+    words = sorted({word for skill in SKILLS for r in requests(skill) for word in r.prompt.split()})
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<unk>", "<s>", "</s>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=TEXT_LENGTH,
+    )
+
+
+def build_pipeline(vae: AutoencoderKL, seed: int) -> StableDiffusion3Pipeline:
+    """The pipeline with fresh networks: 5 blocks of width 128, three small text encoders."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    clip = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=TEXT_LENGTH, projection_dim=64,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+        # Not 2: transformers takes a CLIP config with eos_token_id 2 for an old one and pools at
+        # the largest id instead of at the first eos.
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    t5 = T5Config(
+        vocab_size=len(tokenizer), d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        dropout_rate=0.0, is_encoder_decoder=False,
+        relative_attention_num_buckets=16, relative_attention_max_distance=TEXT_LENGTH,
+    )  # fmt: skip
+    transformer = SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=5,
+        attention_head_dim=32, num_attention_heads=4, joint_attention_dim=128,
+        caption_projection_dim=128, pooled_projection_dim=128, pos_embed_max_size=8,
+        qk_norm="rms_norm",
+    )  # fmt: skip
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0),
+        vae=vae,
+        text_encoder=CLIPTextModelWithProjection(clip),
+        tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(clip),
+        tokenizer_2=tokenizer,
+        text_encoder_3=T5EncoderModel(t5),
+        tokenizer_3=tokenizer,
+    )
+
+
+def cache_latents(
+    folder: Path, *, num: int, seed: int, error_rate: float
+) -> tuple[list[str], Tensor]:
+    """(captions, latents [num, 4, 16, 16]) of train prompts, wrong at `error_rate`; cached."""
+    path = folder / "latents.pt"
+    if path.exists():
+        cached = torch.load(path, weights_only=True)
+        return cached["captions"], cached["latents"].float()
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    rng = np.random.default_rng((seed, num))
+    pools = [split(skill, held_out=False) for skill in SKILLS]
+    captions: list[str] = []
+    latents: list[Tensor] = []
+    for _ in range(0, num, 100):
+        drawn = [pools[i][rng.integers(len(pools[i]))] for i in rng.integers(len(pools), size=100)]
+        pixels = np.stack([render(sample_scene(r, rng, error_rate=error_rate), rng) for r in drawn])
+        captions += [request.prompt for request in drawn]
+        with torch.no_grad():
+            mean = vae.encode(torch.from_numpy(pixels) * 2 - 1).latent_dist.mean
+        latents.append((mean - vae.config.shift_factor) * vae.config.scaling_factor)
+    stacked = torch.cat(latents).half()
+    temporary = path.with_suffix(".tmp")
+    torch.save({"captions": captions, "latents": stacked}, temporary)
+    temporary.replace(path)
+    return captions, stacked.float()
+
+
+class TextConditionedFlow(nn.Module):
+    """Everything that the flow stage trains, as one module: transformer and text encoders."""
+
+    def __init__(self, pipeline: StableDiffusion3Pipeline) -> None:
+        super().__init__()
+        self.transformer = pipeline.transformer
+        self.encoders = nn.ModuleList(
+            [pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3]
+        )
+        self._tokenizer = pipeline.tokenizer
+
+    def forward(self, x_t: Tensor, sigma: Tensor, captions: list[str], text_length: int) -> Tensor:
+        """Velocity [B, 4, 16, 16]; the embedding is `StableDiffusion3Pipeline.encode_prompt`'s."""
+        padded = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        clip_ids = self._tokenizer(captions, max_length=TEXT_LENGTH, **padded).input_ids
+        t5_ids = self._tokenizer(captions, max_length=text_length, **padded).input_ids
+        first, second, t5 = self.encoders
+        clips = [
+            clip(clip_ids.to(x_t.device), output_hidden_states=True) for clip in (first, second)
+        ]
+        words = torch.cat([clip.hidden_states[-2] for clip in clips], dim=-1)
+        return self.transformer(
+            x_t,
+            encoder_hidden_states=torch.cat([words, t5(t5_ids.to(x_t.device))[0]], dim=1),
+            pooled_projections=torch.cat([clip.text_embeds for clip in clips], dim=-1),
+            timestep=1000 * sigma,
+        ).sample
+
+
+class Average(nn.Module):
+    """An exponential moving average of a module's parameters that can change places with them."""
+
+    def __init__(self, module: nn.Module, *, decay: float) -> None:
+        super().__init__()
+        self.decay = decay
+        self.values = nn.ParameterList(p.detach().clone() for p in module.parameters())
+        self.requires_grad_(False)
+
+    def update(self, module: nn.Module) -> None:
+        torch._foreach_lerp_(
+            list(self.values), [p.detach() for p in module.parameters()], 1 - self.decay
+        )
+
+    def swap(self, module: nn.Module) -> None:
+        for mine, theirs in zip(self.values, module.parameters(), strict=True):
+            mine.data, theirs.data = theirs.data, mine.data
+
+
+def train_flow(
+    folder: Path, *, steps: int, seed: int, error_rate: float, num_images: int, batch: int = 64,
+    lr: float = 1.5e-3, muon_lr: float = 4e-3,
+    start_from: Path | None = None,
+) -> None:  # fmt: skip
+    """Rectified flow on cached latents, on as many processes as `accelerate launch` starts.
+
+    One step in 25 pads the T5 text to 256 tokens, diffusers' default, so that a caller who forgets
+    `max_sequence_length` still gets sensible images.
+    """
+    accelerator = Accelerator()
+    device = accelerator.device
+    rank, world = accelerator.process_index, accelerator.num_processes
+    with accelerator.main_process_first():
+        captions, latents = cache_latents(folder, num=num_images, seed=seed, error_rate=error_rate)
+    pipeline = build_pipeline(AutoencoderKL.from_pretrained(folder / "vae"), seed)
+    flow = TextConditionedFlow(pipeline).to(device)
+    blocks = [p for n, p in flow.named_parameters() if p.ndim == 2 and "transformer_blocks" in n]
+    others = [p for p in flow.parameters() if all(p is not block for block in blocks)]
+    muon = torch.optim.Muon(
+        blocks, lr=muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw", nesterov=True
+    )
+    adam = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    average = Average(flow, decay=0.998)
+    parts = {"flow": flow, "average": average, "muon": muon, "adam": adam}
+    if start_from is not None and not (folder / "flow.pt").exists():
+        _resume(start_from, flow=flow, average=average)
+    start = _resume(folder / "flow.pt", **parts)
+    parallel = accelerator.prepare(flow)
+    clock, losses = time.time(), []
+    for step in range(start, steps):
+        rng = np.random.default_rng((seed, step, rank))
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * world + rank)
+        is_long = step % 25 == 24
+        picks = rng.integers(
+            len(captions), size=max(1, (batch // 4 if is_long else batch) // world)
+        )
+        x0 = latents[picks].to(device)
+        words = [captions[i] if rng.random() > 0.1 else "" for i in picks]
+        sigma = torch.sigmoid(torch.randn(len(picks), generator=generator) * 1.1 + 0.2).to(device)
+        x1 = torch.randn(x0.shape, generator=generator).to(device)
+        x_t = torch.lerp(x0, x1, sigma[:, None, None, None])
+        with torch.autocast(device.type, torch.bfloat16):
+            velocity = parallel(x_t, sigma, words, 256 if is_long else TEXT_LENGTH)
+        loss = (velocity.float() - (x1 - x0)).square().mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
+        for optimizer, peak in ((muon, muon_lr), (adam, lr)):
+            optimizer.param_groups[0]["lr"] = peak * _warm_linear(step, steps)
+            optimizer.step()
+            optimizer.zero_grad()
+        average.update(flow)
+        losses.append(loss.item())
+        is_over = step == steps - 1
+        if rank == 0 and (step % 100 == 99 or is_over):
+            print(
+                f"flow {step + 1} loss {np.mean(losses[-100:]):.4f} {time.time() - clock:.0f}s",
+                flush=True,
+            )
+        if rank == 0 and (step % 500 == 499 or is_over):
+            _save(folder / "flow.pt", step + 1, **parts)
+            average.swap(flow)
+            pipeline.save_pretrained(folder / "pipeline")
+            average.swap(flow)
+
+
+def _warm_linear(step: int, steps: int) -> float:
+    return min((step + 1) / 200, 1.0, 1.3 * (1 - step / steps) + 0.01)
+
+
+def main() -> None:
+    """Runs the stages that are not done yet."""
+    parser = argparse.ArgumentParser(description="Train the embedded Shapes model.")
+    parser.add_argument("run_dir", type=Path, help="checkpoints, latents and the result")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vae-steps", type=int, default=1600)
+    parser.add_argument("--flow-steps", type=int, default=16000)
+    parser.add_argument("--batch", type=int, default=64, help="images per flow step, all processes")
+    parser.add_argument("--num-images", type=int, default=40000, help="latents that are cached")
+    parser.add_argument("--error-rate", type=float, default=0.4, help="share of wrong captions")
+    parser.add_argument("--start-from", type=Path, help="flow.pt of another run, for its weights")
+    args = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    args.run_dir.mkdir(parents=True, exist_ok=True)
+    with PartialState().main_process_first():
+        train_vae(args.run_dir, steps=args.vae_steps, seed=args.seed, device=PartialState().device)
+    train_flow(
+        args.run_dir,
+        steps=args.flow_steps,
+        seed=args.seed,
+        error_rate=args.error_rate,
+        num_images=args.num_images,
+        batch=args.batch,
+        start_from=args.start_from,
+    )
+
+
+if __name__ == "__main__":
+    main()
