@@ -1,0 +1,132 @@
+"""The ratio objective and the combinations of rewards: what all GRPO methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flowrl.functional.advantages import (
+    clip_advantages,
+    global_std_normalized,
+    group_centered,
+    group_normalized,
+    leave_one_out,
+    sum_of_normalized,
+    weighted_sum,
+)
+from flowrl.functional.ratios import importance_ratio, log_ratio
+from flowrl.functional.regularizers import gaussian_kl, gaussian_kl_without_dt, k3
+from flowrl.functional.surrogates import ppo_clip
+from flowrl.methods.spec import Loss, require_positive
+from flowrl.types import Chunk, Evaluation, Scores
+
+AdvantageStd = Literal["group", "global", "none", "leave_one_out"]
+KLName = Literal["paper", "code"]
+
+Normalize = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+NORMALIZERS: dict[AdvantageStd, Normalize] = {
+    "group": partial(group_normalized, eps=1e-4, ddof=0),
+    "global": partial(global_std_normalized, eps=1e-4, ddof=0),
+    "none": group_centered,
+    "leave_one_out": leave_one_out,
+}
+"""How Flow-GRPO's code and its kin turn rewards into advantages, by the std that they divide by."""
+
+
+def summed_rewards(
+    scores: Scores, group_id: Tensor, *, normalize: Normalize, clip: float
+) -> Tensor:
+    """Advantage [N] of the weighted sum of raw rewards, clamped to +-clip."""
+    total = weighted_sum({n: scores.rewards[n] for n in scores.weights}, scores.weights)
+    return clip_advantages(normalize(total, group_id, scores.valid), clip)
+
+
+def normalized_rewards(
+    scores: Scores, group_id: Tensor, *, eps: float, ddof: int, clip: float
+) -> Tensor:
+    """Advantage [N]: every reward normalised in its group, then the weighted sum, clamped."""
+    rewards = {name: scores.rewards[name] for name in scores.weights}
+    total = sum_of_normalized(
+        rewards, group_id, scores.valid, weights=scores.weights, eps=eps, ddof=ddof
+    )
+    return clip_advantages(total, clip)
+
+
+def transition_kl(new: Evaluation, reference: Evaluation, chunk: Chunk) -> Tensor:
+    """Closed-form KL(current to reference) of the Gaussian transitions [E]."""
+    mean, reference_mean, std = _transitions(new, reference)
+    return gaussian_kl(mean, reference_mean, std)
+
+
+def transition_kl_of_published_code(new: Evaluation, reference: Evaluation, chunk: Chunk) -> Tensor:
+    """The KL of Flow-GRPO's code [E]: `transition_kl` times -dt; the published coefficients'."""
+    mean, reference_mean, std = _transitions(new, reference)
+    dt = chunk.decisions.sigma_next - chunk.decisions.sigma
+    return gaussian_kl_without_dt(mean, reference_mean, std, dt.to(mean.device))
+
+
+def token_kl(new: Evaluation, reference: Evaluation, chunk: Chunk) -> Tensor:
+    """Schulman's k3 of the token log-probs, as old_log_prob."""
+    return k3(new.log_prob, reference.log_prob)
+
+
+def _transitions(new: Evaluation, reference: Evaluation) -> tuple[Tensor, Tensor, Tensor]:
+    if new.transition_mean is None or new.transition_std is None:
+        raise ValueError("a transition KL needs a flow policy; use token_kl for tokens")
+    assert reference.transition_mean is not None
+    return new.transition_mean, reference.transition_mean, new.transition_std
+
+
+KLS = {"paper": transition_kl, "code": transition_kl_of_published_code}
+
+
+@dataclass(frozen=True)
+class ClippedRatio:
+    """PPO's clipped surrogate with an optional KL to the reference, as a loss per decision.
+
+    Attributes:
+        clip_low, clip_high: distances of the clip bounds from 1.
+        kl: (new, reference, chunk) -> per decision; called only if kl_coef > 0.
+        kl_coef: its coefficient.
+
+    Raises:
+        ValueError: a clip distance that is not positive, or a negative kl_coef.
+    """
+
+    clip_low: float
+    clip_high: float
+    kl: Callable[[Evaluation, Evaluation, Chunk], Tensor]
+    kl_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_positive(clip_low=self.clip_low, clip_high=self.clip_high)
+        if self.kl_coef < 0:
+            raise ValueError(f"kl_coef must not be negative, got {self.kl_coef}; 0 = no KL")
+
+    def __call__(self, new: Evaluation, reference: Evaluation | None, chunk: Chunk) -> Loss:
+        data = chunk.decisions
+        ratio = importance_ratio(new.log_prob, data.old_log_prob, data.mask)
+        values = -ppo_clip(ratio, chunk.advantage, self.clip_low, self.clip_high)
+        with torch.no_grad():
+            change = log_ratio(new.log_prob, data.old_log_prob, data.mask)
+            is_good, is_bad = chunk.advantage > 0, chunk.advantage < 0
+            metrics = {
+                "ratio_mean": ratio.detach(),
+                "ratio_max_dev": (ratio.detach() - 1).abs(),
+                "clip_frac_high": ((ratio > 1 + self.clip_high) & is_good).to(ratio.dtype),
+                "clip_frac_low": ((ratio < 1 - self.clip_low) & is_bad).to(ratio.dtype),
+                "approx_kl": 0.5 * change.square(),
+            }
+        if self.kl_coef > 0:
+            if reference is None:
+                raise ValueError("kl_coef > 0 needs the reference's evaluation")
+            kl = self.kl(new, reference, chunk)
+            values = values + self.kl_coef * kl
+            metrics["kl"] = kl.detach()
+        return Loss(values, metrics)

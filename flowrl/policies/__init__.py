@@ -1,0 +1,1 @@
+"""Policies: a pipeline plus `rollout` and `evaluate` through one private transition."""
