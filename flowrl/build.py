@@ -1,0 +1,408 @@
+"""The composition root: a config becomes live objects. The only module that knows every package.
+
+Reading order: `build_run` (everything, in the order in which it can fail cheaply) and what it
+calls. Errors of the siblings, which know nothing of flowrl, become `ConfigError`s here, with the
+config's file and key.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from flowrl.calls import check_call
+from flowrl.config import Config, RewardConfig
+from flowrl.data.prompts import load_prompts
+from flowrl.data.sampler import GroupSampler
+from flowrl.errors import ConfigError, closest
+from flowrl.methods import METHODS, Method
+from flowrl.policies.flow import FlowPolicy
+from flowrl.policies.weights import FullWeights, LoraWeights
+from flowrl.train.evaluate import Evaluator
+from flowrl.train.loop import Trainer
+from flowrl.train.scoring import RewardSet
+from flowrl.train.step import Learner
+from flowrl.train.track import require_trackers
+from flowrl.types import Prompt
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, before anything is written: `flowrl check` stops here."""
+
+    config: Config
+    accelerator: Accelerator
+    method: Method
+    policy: FlowPolicy
+    rewards: RewardSet
+    eval_rewards: RewardSet
+    train_prompts: tuple[Prompt, ...]
+    eval_prompts: tuple[Prompt, ...]
+    sampler: GroupSampler
+
+    @property
+    def guidance_rows(self) -> int:
+        """Network rows per row of a trajectory."""
+        return 1 if self.config.model.guidance_scale == 1 else 2
+
+
+def build_parts(config: Config, where: str) -> Parts:
+    """Everything but the optimiser, checked; loads the model, writes nothing.
+
+    Args:
+        config: the run's.
+        where: the config file's name, for error messages.
+
+    Raises:
+        ConfigError: something named in the config does not exist or does not fit.
+        DataError: a prompt file cannot be read.
+    """
+    require_ours("rewards", "pipelines")
+    if config.compute.threads is not None:
+        torch.set_num_threads(config.compute.threads)
+    require_trackers(config.track.trackers)
+    method = build_method(config, where)
+    train_prompts = load_named_prompts(config.data.train, where=f"{where}: data.train")
+    eval_prompts = load_named_prompts(config.eval.data, where=f"{where}: eval.data")
+    eval_prompts = eval_prompts[: config.eval.max_prompts]
+    rewards = build_rewards(config.rewards, where=f"{where}: rewards")
+    measured = config.eval.rewards or config.rewards
+    eval_rewards = build_rewards(measured, where=f"{where}: eval.rewards")
+    accelerator = build_accelerator(config)
+    sampler = build_sampler(config, train_prompts, accelerator)
+    if not rewards.weights:
+        raise ConfigError(f"{where}: all rewards have weight 0, so there is nothing to train on")
+    if rewards.has_group_scope and not sampler.has_whole_groups:
+        raise ConfigError(
+            f"{where}: a reward compares the samples of a group, but groups of "
+            f"{config.data.group_size} span {accelerator.num_processes} ranks; use a number of "
+            "groups per update that the ranks divide"
+        )
+    policy = build_policy(config, where, method, accelerator.device)
+    return Parts(
+        config, accelerator, method, policy, rewards, eval_rewards, train_prompts, eval_prompts,
+        sampler,
+    )  # fmt: skip
+
+
+def build_trainer(parts: Parts, run: Path) -> Trainer:
+    """The trainer over the parts; encodes all prompts into `run/prompts` and frees the encoders."""
+    config, accelerator, policy = parts.config, parts.accelerator, parts.policy
+    texts = [prompt.text for prompt in (*parts.train_prompts, *parts.eval_prompts)]
+    with accelerator.main_process_first():
+        policy.precompute(texts, run / "prompts")
+    optim = config.optim
+    optimizer = torch.optim.AdamW(
+        list(policy.weights.trainable()),
+        lr=optim.lr,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+    )
+    updates = config.run.steps * optim.updates_per_rollout * optim.epochs
+    factor = LearningRate(optim.schedule, optim.warmup_steps, updates)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    network, optimizer, schedule = accelerator.prepare(policy.weights.network, optimizer, schedule)
+    policy.training_network = network
+    learner = Learner(
+        accelerator=accelerator,
+        network=network,
+        policy=policy,
+        method=parts.method,
+        optimizer=optimizer,
+        schedule=schedule,
+        rows_per_chunk=max(1, config.compute.micro_batch_size // parts.guidance_rows),
+        max_grad_norm=optim.max_grad_norm,
+        epochs=optim.epochs,
+        ema_every=optim.ema_every,
+        recompute_old_log_prob=config.compute.recompute_old_log_prob,
+    )
+    return Trainer(
+        config=config,
+        run=run,
+        accelerator=accelerator,
+        policy=policy,
+        method=parts.method,
+        rewards=parts.rewards,
+        sampler=parts.sampler,
+        evaluator=build_evaluator(config, parts.eval_prompts, parts.eval_rewards),
+        learner=learner,
+        ratio_tolerance=ratio_tolerance(config, parts.method),
+    )
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """Factor on the learning rate after `update` updates: linear warm-up, then the schedule.
+
+    Plain numbers only: torch stores them with every checkpoint.
+    """
+
+    schedule: str
+    warmup: int
+    total: int
+
+    def __call__(self, update: int) -> float:
+        if update < self.warmup:
+            return (update + 1) / self.warmup
+        share = min(1.0, (update - self.warmup) / max(1, self.total - self.warmup))
+        if self.schedule == "linear":
+            return 1 - share
+        if self.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * share))
+        return 1.0
+
+
+def ratio_tolerance(config: Config, method: Method) -> float:
+    """How far from 1 the first pass may be: a tenth of the clip range, within [2e-6, 1e-4]."""
+    if config.compute.ratio_tolerance is not None:
+        return config.compute.ratio_tolerance
+    clip = min(method.objective.clip_low, method.objective.clip_high)
+    return float(min(1e-4, max(2e-6, 0.1 * clip)))
+
+
+def build_method(config: Config, where: str) -> Method:
+    """The method named in the config, with its arguments checked against its signature."""
+    name = config.method.name
+    if name not in METHODS:
+        raise ConfigError(f"{where}: method.name={name} is not a method; {closest(name, METHODS)}")
+    args = check_call(METHODS[name], config.method.args, where=f"{where}: method.args")
+    try:
+        return METHODS[name](**args)
+    except ValueError as error:
+        raise ConfigError(f"{where}: method.args: {error}") from error
+
+
+def build_policy(config: Config, where: str, method: Method, device: torch.device) -> FlowPolicy:
+    """The model with its trainable weights."""
+    if method.policy != "flow":
+        raise ConfigError(
+            f"{where}: {method.name} trains token policies, but model.pipeline="
+            f"{config.model.pipeline} is a flow model; use one of "
+            + ", ".join(n for n, m in METHODS.items() if m.__module__.endswith("flow"))
+        )
+    model = config.model
+    pipeline = build_pipeline(config, where, device)
+    if model.gradient_checkpointing:
+        pipeline.network.enable_gradient_checkpointing()
+    if model.tuning == "lora":
+        weights: Any = LoraWeights(
+            pipeline.network,
+            rank=model.lora.rank,
+            alpha=model.lora.alpha,
+            target_modules=list(model.lora.target_modules or pipeline.lora_targets()),
+            seed=config.run.seed,
+            ema_decay=config.optim.ema_decay,
+        )
+    else:
+        weights = FullWeights(
+            pipeline.network, with_reference=method.kl_coef > 0, ema_decay=config.optim.ema_decay
+        )
+    return FlowPolicy(
+        pipeline,
+        weights,
+        guidance_scale=model.guidance_scale,
+        rollout_batch_size=config.compute.rollout_batch_size,
+        decode_batch_size=config.compute.decode_batch_size,
+        device=device,
+    )
+
+
+def build_pipeline(config: Config, where: str, device: torch.device) -> Any:
+    """The pipeline adapter around the run's model."""
+    model = config.model
+    return load_pipeline(
+        model.pipeline,
+        model.id,
+        where=where,
+        device=device,
+        revision=model.revision,
+        height=model.height,
+        width=model.width,
+        max_sequence_length=model.max_sequence_length,
+        dtype=model.dtype,
+        args=model.args,
+    )
+
+
+def load_pipeline(
+    pipeline: str,
+    model: str,
+    *,
+    where: str,
+    device: torch.device,
+    revision: str | None,
+    height: int | None,
+    width: int | None,
+    max_sequence_length: int,
+    dtype: str,
+    args: Mapping[str, Any],
+) -> Any:
+    """The adapter named `pipeline` around a model: an embedded name, a folder or a Hub id.
+
+    The other arguments are the config's section `model`; a size of None is the model's own.
+    """
+    from pipelines import PIPELINES
+
+    if pipeline not in PIPELINES:
+        raise ConfigError(
+            f"{where}: model.pipeline={pipeline} is not a pipeline; {closest(pipeline, PIPELINES)}"
+        )
+    module, _, name = PIPELINES[pipeline].partition(":")
+    adapter = getattr(importlib.import_module(module), name)
+    own = ("source", "revision", "height", "width", "max_sequence_length", "dtype", "device")
+    checked = check_call(adapter, args, where=f"{where}: model.args", given=own)
+    with loading(f"{where}: model.id={model}"):
+        return adapter(
+            resolve_model(model),
+            revision=revision,
+            height=height,
+            width=width,
+            max_sequence_length=max_sequence_length,
+            dtype=_DTYPES[dtype],
+            device=device,
+            **checked,
+        )
+
+
+def embedded_model(name: str) -> Any:
+    """What `pipelines.EMBEDDED` says of a name; None for a folder or a Hub id."""
+    from pipelines import EMBEDDED
+
+    return EMBEDDED.get(name)
+
+
+def resolve_model(name: str) -> str:
+    """The folder of an embedded model, or the name as it is (a folder or a Hub id).
+
+    Raises:
+        FileNotFoundError: it is none of the three.
+    """
+    from pipelines import EMBEDDED
+
+    if name in EMBEDDED:
+        return str(EMBEDDED[name].folder)
+    if "/" not in name and not Path(name).is_dir():
+        raise FileNotFoundError(
+            f"{name} is neither a folder, a Hub id (OWNER/NAME) nor an embedded model; "
+            + closest(name, EMBEDDED)
+        )
+    return name
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Turns what can go wrong while a model is loaded into a ConfigError; no bars on the way."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    except (OSError, FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"{what} cannot be loaded: {error}") from error
+
+
+def build_rewards(rewards: Sequence[RewardConfig], *, where: str) -> RewardSet:
+    """The rewards by name, dotted path or file."""
+    from rewards import load
+
+    built = []
+    for reward in rewards:
+        try:
+            built.append((reward.name, load(reward.name, **reward.args), reward.weight))
+        except (LookupError, ValueError, TypeError, ImportError) as error:
+            text = error.args[0] if error.args else error
+            raise ConfigError(f"{where}: {reward.name}: {text}") from error
+    return RewardSet(built)
+
+
+def load_named_prompts(source: str, *, where: str) -> tuple[Prompt, ...]:
+    """Prompts of the Shapes world by name, or of a file."""
+    from rewards.shapes.prompts import heldout_rows, train_rows
+
+    named = {"shapes/train": train_rows, "shapes/heldout": heldout_rows}
+    if source in named:
+        return tuple(Prompt(row["prompt"], row) for row in named[source]())
+    if source.startswith("shapes/"):
+        raise ConfigError(f"{where}={source} is not a prompt set; {closest(source, named)}")
+    return load_prompts(source, where=where)
+
+
+def build_accelerator(config: Config) -> Accelerator:
+    """The distributed engine; schedules are stepped once per update, whatever the world size."""
+    return Accelerator(
+        mixed_precision=config.compute.mixed_precision,
+        log_with=list(config.track.trackers) or None,
+        project_dir=str(run_folder(config)),
+        step_scheduler_with_optimizer=False,
+    )
+
+
+def build_sampler(
+    config: Config, prompts: Sequence[Prompt], accelerator: Accelerator
+) -> GroupSampler:
+    """The batches of this rank."""
+    return GroupSampler(
+        prompts,
+        num_groups=config.data.num_groups,
+        group_size=config.data.group_size,
+        updates_per_rollout=config.optim.updates_per_rollout,
+        seed=config.run.seed,
+        shuffle=config.data.shuffle,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+
+
+def build_evaluator(config: Config, prompts: Sequence[Prompt], rewards: RewardSet) -> Evaluator:
+    """The held-out evaluation; of the averaged weights where the run keeps them."""
+    settings = config.eval
+    guidance = settings.guidance_scale
+    return Evaluator(
+        prompts=prompts,
+        rewards=rewards,
+        weights="current" if config.optim.ema_decay is None else "ema",
+        num_steps=settings.num_steps,
+        guidance_scale=config.model.guidance_scale if guidance is None else guidance,
+        samples_per_prompt=settings.samples_per_prompt,
+        seed=settings.seed,
+        num_shown=settings.num_samples_shown,
+    )
+
+
+def run_folder(config: Config) -> Path:
+    """Where the run writes."""
+    return Path(config.run.output_dir) / config.run.name
+
+
+def require_ours(*names: str) -> None:
+    """Refuses a foreign top-level package that shadows ours, before it is executed.
+
+    Raises:
+        ConfigError: naming both paths.
+    """
+    root = Path(__file__).resolve().parent.parent
+    for name in names:
+        spec = importlib.util.find_spec(name)
+        places = (
+            [Path(p).resolve() for p in (spec.submodule_search_locations or [])] if spec else []
+        )
+        if places != [root / name]:
+            found = places[0] if places else "nothing"
+            raise ConfigError(
+                f"the import name '{name}' leads to {found}, not to flowrl's {root / name}; "
+                "run from another folder, or take the foreign package off PYTHONPATH"
+            )

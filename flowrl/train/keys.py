@@ -1,0 +1,93 @@
+"""Every metric key there is, with one line of documentation; `docs/metrics.md` is made from it.
+
+`Tracker.log` refuses a key that is not here, so the page cannot lag behind the code. A part in
+angle brackets stands for a name, such as a reward's. `python -m flowrl.train.keys` prints the page.
+"""
+
+from __future__ import annotations
+
+import re
+
+from flowrl.errors import closest
+
+KEYS = {
+    "train/loss": "loss of the step, mean over its decisions and updates",
+    "train/reward_mean": "weighted sum of the rewards, mean over the valid samples of the rollout",
+    "train/reward_std": "standard deviation of the same sum over the valid samples",
+    "train/ratio_mean": "mean of new over old probability of a decision; 1 on the first pass",
+    "train/ratio_max_dev": "largest |ratio - 1| of a decision",
+    "train/clip_frac_high": "share of decisions whose ratio the upper bound clips, advantage > 0",
+    "train/clip_frac_low": "share of decisions whose ratio the lower bound clips, advantage < 0",
+    "train/approx_kl": "half the mean squared log-ratio: the move away from the behaviour policy",
+    "train/kl": "KL divergence from the reference, per decision; absent when kl_coef is 0",
+    "train/zero_std_frac": "share of groups whose rewards are all equal: they teach nothing",
+    "train/invalid_frac": "share of samples masked because a reward could not be computed",
+    "train/advantage_abs_mean": "mean of |advantage| over the valid samples",
+    "train/grad_norm": "global norm of the gradient before clipping, mean over the step's updates",
+    "train/lr": "learning rate of the step's last update",
+    "train/window_start": "first sampler step of the stochastic window, from 0",
+    "train/num_decisions": "decisions that the step trained on, over all processes",
+    "reward/<name>/mean": "mean of one reward over the rollout's samples for which it is valid",
+    "reward/<name>/std": "standard deviation of one reward over the same samples",
+    "eval/<name>/mean": "mean of one reward over the held-out samples",
+    "eval/score": "the one number of a held-out evaluation: the mean over skills of the first "
+    "reward where prompts name skills (GenEval's overall score), else its mean over samples",
+    "eval/skill/<tag>": "mean of the first reward over the held-out prompts of one skill",
+    "eval/diversity": "mean pairwise distance of the held-out samples of one prompt, 0 = all alike",
+    "perf/step_time_s": "wall time of the training step, all phases, seconds",
+    "perf/rollout_s": "wall time of sampling, without decoding, seconds",
+    "perf/decode_s": "wall time of turning latents or tokens into images, seconds",
+    "perf/reward_s": "wall time of scoring, seconds",
+    "perf/train_s": "wall time of forward, backward and optimiser, seconds",
+    "perf/images_per_s": "images sampled, scored and trained on per second, over all processes",
+    "perf/nfe_per_image": "network evaluations of the rollout per image; guidance counts as two",
+    "perf/train_rows_per_image": "network evaluations with gradient per image",
+    "perf/max_memory_gb": "peak memory so far: of the accelerator, or of the process without one",
+    "samples/train": "images of the rollout with prompts and rewards",
+    "samples/eval": "images of the held-out evaluation, the same prompts and seeds every time",
+    "track/nonfinite": "values of this row that were NaN or infinite and are stored as null",
+}
+
+_NAMES = re.compile(r"<\w+>")
+# A longer pattern is tried first, so that eval/skill/<tag> is not taken for eval/<name>/mean.
+_PATTERNS = {
+    key: re.compile("[^/]+".join(re.escape(part) for part in _NAMES.split(key)))
+    for key in sorted(KEYS, key=len, reverse=True)
+}
+
+
+def match_key(key: str) -> str:
+    """The entry of KEYS that a metric's key belongs to.
+
+    Raises:
+        ValueError: there is none; the message has the closest one.
+    """
+    for pattern, expression in _PATTERNS.items():
+        if expression.fullmatch(key):
+            return pattern
+    raise ValueError(
+        f"{key!r} is not a documented metric; {closest(key, KEYS)}. Add it to flowrl/train/keys.py"
+    )
+
+
+def to_markdown() -> str:
+    """The page docs/metrics.md."""
+    rows = [f"| `{key}` | {text} |" for key, text in KEYS.items()]
+    return "\n".join(
+        [
+            "# Metrics",
+            "",
+            "Rows of `metrics.jsonl` and of the trackers, each with `step` (training steps done)",
+            "and `time` (seconds since the epoch). A key is absent where it does not apply.",
+            "Made by `python -m flowrl.train.keys > docs/metrics.md`.",
+            "",
+            "| key | value |",
+            "|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    print(to_markdown(), end="")

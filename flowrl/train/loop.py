@@ -1,0 +1,422 @@
+"""The training loop: the algorithm box of GRPO, with everything that keeps a long run honest.
+
+roll out -> score -> advantages -> update, for both kinds of policy. Reading order: `Trainer.run`,
+`_train_step`, `_preflight`. Nothing here multiplies tensors; the parts that do are in `step.py`,
+`scoring.py`, `evaluate.py` and the method's slots.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from flowrl.config import Config, to_dict
+from flowrl.data.sampler import GroupSampler
+from flowrl.errors import CheckpointError, ConfigError, RatioError
+from flowrl.methods.spec import Method, StepPlan
+from flowrl.protocols import Policy
+from flowrl.train import statefiles
+from flowrl.train.card import write_card
+from flowrl.train.checkpoint import Checkpoints, check_same_run
+from flowrl.train.evaluate import Evaluator
+from flowrl.train.progress import Progress
+from flowrl.train.runfiles import write_json
+from flowrl.train.scoring import RewardSet
+from flowrl.train.step import Learner, StepResult, total
+from flowrl.train.track import METRICS, Tracker
+from flowrl.types import PromptBatch, Rollout, Scores
+
+
+@dataclass
+class Clock:
+    """Seconds per phase of one step; `lap` names what has passed since the last lap."""
+
+    start: float
+    last: float
+
+    @classmethod
+    def started(cls) -> Clock:
+        """A clock that starts now."""
+        now = time.perf_counter()
+        return cls(now, now)
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        now = time.perf_counter()
+        passed, self.last = now - self.last, now
+        return passed
+
+
+class Interrupt:
+    """Turns Ctrl-C and SIGTERM into a flag that the loop reads between steps.
+
+    A second signal raises KeyboardInterrupt at once; then the last checkpoint is what remains.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextmanager
+    def listening(self) -> Iterator[Interrupt]:
+        """Inside the `with`, signals set the flag."""
+        previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+class Trainer:
+    """One run. Build it with `flowrl.build.build_trainer`.
+
+    Args:
+        config: the run's.
+        run: the run's folder.
+        accelerator: that prepared the learner's parts.
+        policy, method, rewards, sampler, evaluator, learner: the parts.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        run: Path,
+        accelerator: Accelerator,
+        policy: Policy,
+        method: Method,
+        rewards: RewardSet,
+        sampler: GroupSampler,
+        evaluator: Evaluator,
+        learner: Learner,
+        ratio_tolerance: float,
+    ) -> None:
+        self.config = config
+        self.run_folder = run
+        self.accelerator = accelerator
+        self.policy = policy
+        self.method = method
+        self.rewards = rewards
+        self.sampler = sampler
+        self.evaluator = evaluator
+        self.learner = learner
+        self.ratio_tolerance = ratio_tolerance
+        self.checkpoints = Checkpoints(run / "checkpoints", keep=config.checkpoint.keep)
+        self.train_seconds = 0.0
+        self._step = 0
+        self._last_saved: int | None = None
+        self._evaluated: int | None = None
+
+    def run(self) -> str:
+        """Trains to the end, or until stopped; returns "finished", "stopped" or "interrupted".
+
+        Raises:
+            ConfigError: the folder holds another run.
+            RatioError, RewardError, NonFiniteError: see the messages; the last checkpoint stands.
+        """
+        settings = self.config
+        resumed = self._resume()
+        track = settings.track
+        self.tracker = Tracker(
+            self.accelerator,
+            self.run_folder,
+            config=to_dict(settings),
+            trackers=track.trackers,
+            name=settings.run.name,
+            project=track.project,
+            entity=track.entity,
+            mode=track.mode,
+            tags=track.tags,
+            resumed_step=resumed,
+        )
+        quiet = not self.accelerator.is_main_process
+        self.progress = Progress(
+            settings.run.steps,
+            start=self._step,
+            quiet=quiet,
+            max_minutes=settings.run.max_minutes,
+        )
+        try:
+            with self.progress, Interrupt().listening() as interrupt:
+                return self._run(interrupt, is_new=resumed is None)
+        except KeyboardInterrupt:
+            self._status("stopped", "interrupted twice; the last checkpoint stands")
+            raise
+        except BaseException as error:
+            self._status("failed", f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self.tracker.finish()
+
+    def _run(self, interrupt: Interrupt, *, is_new: bool) -> str:
+        settings = self.config
+        self._status("running", "")
+        self._preflight()
+        if is_new:
+            self._evaluate()
+        reason = "finished"
+        while self._step < settings.run.steps:
+            self._train_step()
+            done = self._step
+            if settings.eval.every and done % settings.eval.every == 0:
+                self._evaluate()
+            if settings.checkpoint.every and done % settings.checkpoint.every == 0:
+                self._save()
+            limit = settings.run.max_minutes
+            if self._any(interrupt.requested):
+                reason = "interrupted"
+                break
+            if limit is not None and self._any(self.train_seconds > 60 * limit):
+                reason = "stopped"
+                break
+        self._save()
+        if reason != "interrupted":
+            self._evaluate()
+            self._export()
+        why = {"stopped": f"run.max_minutes={settings.run.max_minutes}", "interrupted": "a signal"}
+        self._status("finished" if reason == "finished" else "stopped", why.get(reason, ""))
+        return reason
+
+    # ------------------------------------------------------------------------------- a step
+
+    def _train_step(self) -> None:
+        """Rollout, scores, advantages, updates, metrics."""
+        clock = Clock.started()
+        step = self._step
+        batch, plan = self.sampler(step), self.method.plan(step)
+        rollout, trajectory = self.policy.rollout(batch, plan)
+        rollout_s = clock.lap() - rollout.decode_s
+        scores = self.rewards.score(rollout.images, batch)
+        reward_s = clock.lap()
+        advantages, metrics = self._advantages(scores, batch)
+        result = self.learner.learn(trajectory, batch, advantages, scores.valid)
+        train_s = clock.lap()
+        self._step += 1
+        step_s = time.perf_counter() - clock.start
+        self.train_seconds += step_s
+        metrics |= {f"train/{name}": value for name, value in result.metrics.items()}
+        metrics |= self._counts(rollout, result, plan)
+        metrics |= {
+            "perf/step_time_s": step_s,
+            "perf/rollout_s": rollout_s,
+            "perf/decode_s": rollout.decode_s,
+            "perf/reward_s": reward_s,
+            "perf/train_s": train_s,
+            "perf/max_memory_gb": max_memory_gb(self.accelerator.device),
+        }
+        num_samples = self.sampler.num_groups * self.sampler.group_size
+        metrics["perf/images_per_s"] = num_samples / step_s
+        self.progress.update(self._step, metrics)
+        track = self.config.track
+        if self._step % track.log_every == 0:
+            self.tracker.log(self._step, metrics)
+        if track.image_every and self._step % track.image_every == 0:
+            captions = [prompt.text for prompt in batch.prompts[:16]]
+            self.tracker.log_images(self._step, "samples/train", rollout.images[:16], captions)
+
+    def _advantages(self, scores: Scores, batch: PromptBatch) -> tuple[Tensor, dict[str, float]]:
+        """This rank's advantages [N], made from the scores of all ranks, and reward metrics."""
+        gather = self._gather
+        everyone = Scores(
+            {name: gather(values) for name, values in scores.rewards.items()},
+            scores.weights,
+            gather(scores.valid),
+        )
+        group_id = gather(batch.group_id)
+        advantages = self.method.advantage(everyone, group_id)
+        share = len(batch)
+        first = self.accelerator.process_index * share
+        metrics = reward_metrics(everyone, advantages, group_id)
+        return advantages[first : first + share], metrics
+
+    def _counts(self, rollout: Rollout, result: StepResult, plan: Any) -> dict[str, float]:
+        evals, rows = total(
+            self.accelerator, [float(rollout.network_evals), float(result.num_rows)]
+        )
+        num_samples = self.sampler.num_groups * self.sampler.group_size
+        counts = {
+            "train/num_decisions": float(result.num_decisions),
+            "train/lr": float(self.learner.optimizer.param_groups[0]["lr"]),
+            "perf/nfe_per_image": evals / num_samples,
+            "perf/train_rows_per_image": rows / num_samples,
+        }
+        if isinstance(plan, StepPlan) and plan.trained:
+            counts["train/window_start"] = float(plan.trained[0])
+        return counts
+
+    # ------------------------------------------------------------------------- around the steps
+
+    def _preflight(self) -> None:
+        """Rewards on two images, and the ratio on the first pass, before anything is trained.
+
+        Raises:
+            RewardError: a reward breaks its contract.
+            RatioError: the ratio is not 1 within the tolerance.
+        """
+        batch, plan = self.sampler(self._step), self.method.plan(self._step)
+        few = first_samples(batch, 2 * self.learner.rows_per_chunk)
+        rollout, trajectory = self.policy.rollout(few, plan)
+        pair = rollout.images[:1].repeat(2, 1, 1, 1) if len(few) < 2 else rollout.images[:2]
+        self.rewards.probe(pair, batch.prompts[0])
+        deviation = self.learner.first_ratio_deviation(trajectory)
+        self.progress.message(
+            f"first pass: |ratio - 1| <= {deviation:.1e} (tolerance {self.ratio_tolerance:.1e})"
+        )
+        if not deviation <= self.ratio_tolerance:
+            raise RatioError(
+                f"on the first pass the ratio deviates from 1 by {deviation:.2e}, more than "
+                f"{self.ratio_tolerance:.1e}: rollout and training do not compute the same "
+                "numbers, so every clip range would act on noise. Set "
+                "compute.recompute_old_log_prob=true (one more forward per row), use float32, or "
+                "raise compute.ratio_tolerance if you know why"
+            )
+
+    def _evaluate(self) -> None:
+        if self._evaluated == self._step:
+            return
+        self._evaluated = self._step
+        result = self.evaluator(
+            self.policy, self.accelerator, step=self._step, folder=self.run_folder / "eval"
+        )
+        self.tracker.log(self._step, result.metrics)
+        self.tracker.log_images(self._step, "samples/eval", result.images, result.captions)
+        self.progress.evaluated(self._step, result.metrics)
+
+    def _save(self) -> None:
+        if self._last_saved == self._step:
+            return
+        extra = {
+            "step": self._step,
+            "num_updates": self.learner.num_updates,
+            "train_seconds": self.train_seconds,
+            "evaluated": self._evaluated,
+            "config": to_dict(self.config),
+        }
+        self.checkpoints.save(self.accelerator, self._step, extra, self.policy.weights)
+        self._last_saved = self._step
+
+    def _resume(self) -> int | None:
+        """Puts a checkpoint's state in place; returns its step, None for a new run."""
+        path = find_checkpoint(self.config, self.run_folder)
+        if path is None:
+            return None
+        extra = self.checkpoints.load(self.accelerator, path, self.policy.weights)
+        self._step = self._last_saved = extra["step"]
+        self.learner.num_updates = extra["num_updates"]
+        self.train_seconds = extra["train_seconds"]
+        self._evaluated = extra["evaluated"]
+        return self._step
+
+    def _export(self) -> None:
+        """The artefact that diffusers loads, the weights that were evaluated, with its card."""
+        if self.accelerator.is_main_process:
+            with self.policy.weights.use(self.evaluator.weights):
+                self.policy.save(self.run_folder / "final")
+            write_card(self.run_folder, self.config, self.method, step=self._step)
+        self.accelerator.wait_for_everyone()
+
+    def _status(self, state: str, reason: str) -> None:
+        if self.accelerator.is_main_process:
+            status = {
+                "state": state,
+                "step": self._step,
+                "minutes": round(self.train_seconds / 60, 2),
+                "reason": reason,
+            }
+            write_json(self.run_folder / "status.json", status)
+
+    def _gather(self, values: Tensor) -> Tensor:
+        return self.accelerator.gather(values.to(self.accelerator.device)).cpu()  # type: ignore[no-any-return]
+
+    def _any(self, flag: bool) -> bool:
+        """Whether any rank says so: all ranks must leave the loop together."""
+        return total(self.accelerator, [float(flag)])[0] > 0
+
+
+def find_checkpoint(config: Config, run: Path) -> Path | None:
+    """The checkpoint that the run goes on from, None for a new run; changes nothing.
+
+    Raises:
+        ConfigError: the folder holds a run already, or the checkpoint is of another run.
+        CheckpointError: there is no such checkpoint, or it is beyond run.steps.
+    """
+    path = Checkpoints(run / "checkpoints", keep=config.checkpoint.keep).find(config.run.resume)
+    metrics = run / METRICS
+    if path is None:
+        if metrics.exists() and metrics.stat().st_size:
+            raise ConfigError(
+                f"{run} already holds a run; set run.resume=latest to go on with it, or another "
+                "run.name"
+            )
+        return None
+    extra = statefiles.read_extra(path)
+    check_same_run(extra["config"], to_dict(config))
+    if extra["step"] > config.run.steps:
+        raise CheckpointError(
+            f"{path} is at step {extra['step']}, beyond run.steps={config.run.steps}; "
+            "raise run.steps"
+        )
+    return path
+
+
+def first_samples(batch: PromptBatch, num: int) -> PromptBatch:
+    """The first samples of a batch."""
+    num = min(num, len(batch))
+    return PromptBatch(
+        batch.prompts[:num],
+        batch.group_id[:num],
+        batch.sample_id[:num],
+        batch.update[:num],
+        batch.seed,
+    )
+
+
+def reward_metrics(scores: Scores, advantages: Tensor, group_id: Tensor) -> dict[str, float]:
+    """What is logged about a step's rewards; statistics are over valid samples."""
+    metrics: dict[str, float] = {}
+    for name, values in scores.rewards.items():
+        finite = values[values.isfinite()]
+        metrics[f"reward/{name}/mean"] = _stat(finite, torch.mean)
+        metrics[f"reward/{name}/std"] = _stat(finite, lambda v: v.std(correction=0))
+    summed = torch.stack([scores.rewards[n] * w for n, w in scores.weights.items()]).sum(0)
+    summed = summed[scores.valid]
+    _, index = torch.unique(group_id, return_inverse=True)
+    strength = torch.zeros(int(index.max()) + 1).index_add(0, index, advantages.abs().float())
+    metrics |= {
+        "train/reward_mean": _stat(summed, torch.mean),
+        "train/reward_std": _stat(summed, lambda v: v.std(correction=0)),
+        "train/zero_std_frac": float((strength == 0).float().mean()),
+        "train/invalid_frac": float((~scores.valid).float().mean()),
+        "train/advantage_abs_mean": _stat(advantages[scores.valid].abs(), torch.mean),
+    }
+    return metrics
+
+
+def _stat(values: Tensor, statistic: Any) -> float:
+    return float(statistic(values)) if len(values) else float("nan")
+
+
+def max_memory_gb(device: torch.device) -> float:
+    """Peak memory so far, GB: of the accelerator, or of this process without one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+    import sys
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,0 +1,215 @@
+"""Curves of a run as SVG that lives in a page: its text, and its colours in light and in dark.
+
+matplotlib draws with marker colours, which become the page's CSS variables (`--ink`, `--muted`,
+`--grid`, `--s1` ... `--s8`), and leaves text as text. Nothing here knows what a metric means.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+NUM_COLORS = 8
+_INK, _MUTED, _GRID = "#0a0b0c", "#0d0e0f", "#1a1b1c"
+_MAX_MARKERS = 30
+_MAX_BARS = 40
+_TICKS = [1, 2, 2.5, 5, 10]
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve.
+
+    Attributes:
+        label: for the legend; empty = not in it.
+        points: (x, y); y may be NaN, which leaves a gap.
+        color: 1 to NUM_COLORS, the page's `--s<color>`.
+        band: half-widths around y, or None.
+        is_strong: drawn thick; the others are thin and half transparent.
+        is_stepped: the value holds until the next point.
+    """
+
+    label: str
+    points: Sequence[Point]
+    color: int = 1
+    band: Sequence[float] | None = None
+    is_strong: bool = True
+    is_stepped: bool = False
+
+
+def line_svg(
+    series: Sequence[Series],
+    *,
+    label: str,
+    wide: bool = False,
+    limits: tuple[float | None, float | None] = (None, None),
+    log: bool = False,
+) -> str:
+    """Curves over the training step.
+
+    Args:
+        series: at least one point between them.
+        label: read out to those who do not see the picture.
+        wide: the whole width of the page instead of half of it.
+        limits: of the y axis; None = as the data has it.
+        log: logarithmic y axis; what is not positive is left out.
+
+    Returns:
+        An `<svg>` element.
+    """
+    with _figure(wide) as (figure, axes):
+        for each in series:
+            _draw(axes, each, log)
+        if log:
+            axes.set_yscale("log")
+        axes.set_ylim(*limits)
+        steps = {x for each in series for x, _ in each.points}
+        if len(steps) == 1:
+            axes.set_xlim(min(steps) - 1, max(steps) + 1)
+        _style(axes, log)
+        return _to_svg(figure, label)
+
+
+def stack_svg(layers: Sequence[Series], *, label: str, wide: bool = False) -> str:
+    """Layers upon each other, all with the same x: bars for few steps, areas for many."""
+    with _figure(wide) as (figure, axes):
+        x = [point[0] for point in layers[0].points]
+        base = [0.0] * len(x)
+        for layer in layers:
+            heights = [0.0 if math.isnan(y) else y for _, y in layer.points]
+            top = [low + height for low, height in zip(base, heights, strict=True)]
+            if len(x) <= _MAX_BARS:
+                axes.bar(x, heights, bottom=base, width=0.7, color=_color(layer.color))
+            else:
+                axes.fill_between(x, base, top, color=_color(layer.color), linewidth=0)
+            base = top
+        axes.set_ylim(0, None)
+        if len(x) == 1:
+            axes.set_xlim(x[0] - 1, x[0] + 1)
+        _style(axes)
+        return _to_svg(figure, label)
+
+
+def smoothed(points: Sequence[Point], window: int) -> list[Point]:
+    """Means of the last `window` points (fewer at the start), leaving NaN out."""
+    means = []
+    for end in range(1, len(points) + 1):
+        recent = [y for _, y in points[max(0, end - window) : end] if not math.isnan(y)]
+        means.append((points[end - 1][0], sum(recent) / len(recent) if recent else math.nan))
+    return means
+
+
+@contextmanager
+def _figure(wide: bool) -> Iterator[tuple[Figure, Axes]]:
+    style: dict[Any, Any] = {  # matplotlib's own type is a list of all its keys
+        "svg.fonttype": "none",
+        "svg.hashsalt": "flowrl",
+        "font.size": 8.5,
+        "axes.unicode_minus": True,
+        "text.color": _INK,
+        "axes.edgecolor": _GRID,
+        "axes.labelcolor": _MUTED,
+        "xtick.color": _MUTED,
+        "ytick.color": _MUTED,
+        "grid.color": _GRID,
+        "grid.linewidth": 0.6,
+    }
+    with matplotlib.rc_context(style):
+        width, height = (10.9, 3.3) if wide else (5.25, 2.3)
+        figure = Figure(figsize=(width, height))
+        FigureCanvasSVG(figure)
+        # Fixed margins, in inches: panels below each other line up, and no layout has to be solved.
+        figure.subplots_adjust(
+            left=0.5 / width, right=1 - 0.08 / width, bottom=0.42 / height, top=1 - 0.17 / height
+        )
+        figure.patch.set_alpha(0)
+        axes = figure.add_subplot()
+        axes.patch.set_alpha(0)
+        yield figure, axes
+
+
+def _draw(axes: Axes, series: Series, log: bool) -> None:
+    x = [point[0] for point in series.points]
+    y = [math.nan if log and not point[1] > 0 else point[1] for point in series.points]
+    color = _color(series.color)
+    finite = sum(not math.isnan(each) for each in y)
+    marker = "o" if series.is_strong and finite <= _MAX_MARKERS else None
+    axes.plot(
+        x,
+        y,
+        color=color,
+        linewidth=1.9 if series.is_strong else 1.0,
+        alpha=1.0 if series.is_strong else 0.6,
+        marker=marker,
+        markersize=3.2,
+        solid_capstyle="round",
+        drawstyle="steps-post" if series.is_stepped else "default",
+    )
+    if series.band is not None:
+        low = [each - half for each, half in zip(y, series.band, strict=True)]
+        high = [each + half for each, half in zip(y, series.band, strict=True)]
+        if len(x) == 1:
+            axes.vlines(x, low, high, color=color, alpha=0.3, linewidth=6)
+        axes.fill_between(x, low, high, color=color, alpha=0.14, linewidth=0)
+
+
+def _style(axes: Axes, log: bool = False) -> None:
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", length=0, pad=5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=_TICKS))
+    if not log:
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=_TICKS))
+    axes.set_xlabel("training step", fontsize=8)
+    axes.margins(x=0.015)
+
+
+def _color(index: int) -> str:
+    return f"#a0b0{0xC0 + index:02x}"
+
+
+def _to_svg(figure: Figure, label: str) -> str:
+    """The figure as an element of an HTML page."""
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    svg = stream.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    variables = {_INK: "var(--ink)", _MUTED: "var(--muted)", _GRID: "var(--grid)"}
+    variables |= {_color(index): f"var(--s{index})" for index in range(1, NUM_COLORS + 1)}
+    for color, variable in variables.items():
+        svg = svg.replace(color, variable)
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
+    svg = re.sub(r"<style.*?</style>\s*", "", svg, flags=re.DOTALL)  # it would style the whole page
+    # Several pictures share a page, and with it one space of ids.
+    name = f"p{zlib.crc32(label.encode()):x}"
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    head = re.search(r'viewBox="([^"]+)"', svg)
+    assert head is not None
+    opening = (
+        f'<svg viewBox="{head[1]}" role="img" aria-label="{_escape(label)}" '
+        'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
+    )
+    return opening + svg[svg.index(">") + 1 :].strip()
+
+
+def _escape(text: str) -> str:
+    for character, entity in (("&", "&amp;"), ("<", "&lt;"), ('"', "&quot;")):
+        text = text.replace(character, entity)
+    return text

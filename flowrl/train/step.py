@@ -1,0 +1,265 @@
+"""One training step after the rollout: chunks of decisions, backward, and the optimiser's updates.
+
+The loss of an update is a sum over decisions divided by ONE denominator, the number of unmasked
+decisions of that update on all ranks, so gradients depend neither on chunks nor on the world size.
+Reading order: `Learner.learn`, `_update`, `_chunks`.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from flowrl.errors import NonFiniteError
+from flowrl.methods.spec import Loss, Method
+from flowrl.protocols import Policy, Trajectory
+from flowrl.types import Chunk, Decisions, Evaluation, PromptBatch
+
+
+@dataclass
+class Sums:
+    """Sums, counts and maxima of per-decision metrics over chunks; divided once, over all ranks."""
+
+    totals: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, float] = field(default_factory=dict)
+    count: float = 0.0
+
+    def add(self, loss: Loss, mask: Tensor) -> None:
+        """Adds a chunk's unmasked values; a metric that ends in `_max_dev` keeps its maximum."""
+        self.count += float(mask.sum())
+        for name, values in {"loss": loss.values.detach(), **loss.metrics}.items():
+            chosen = values[mask]
+            if name.endswith("_max_dev"):
+                peak = float(chosen.max()) if chosen.numel() else 0.0
+                self.peaks[name] = max(self.peaks.get(name, 0.0), peak)
+            else:
+                self.totals[name] = self.totals.get(name, 0.0) + float(chosen.sum())
+
+    def reduce(self, accelerator: Accelerator, denominator: float) -> dict[str, float]:
+        """The loss over `denominator`, other metrics over the evaluated decisions, of all ranks."""
+        names = sorted(self.totals)
+        count, *totals = total(accelerator, [self.count, *(self.totals[n] for n in names)])
+        means = {name: value / max(count, 1) for name, value in zip(names, totals, strict=True)}
+        if "loss" in means:
+            means["loss"] *= count / max(denominator, 1)
+        return means | {name: highest(accelerator, peak) for name, peak in self.peaks.items()}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step's updates did; `num_rows` counts this rank's rows, the rest all ranks'."""
+
+    metrics: dict[str, float]
+    num_rows: int
+    num_decisions: int
+
+
+class Learner:
+    """Trains a policy on one rollout at a time.
+
+    Args:
+        accelerator: that prepared network, optimizer and schedule.
+        network: the prepared network, which the policy evaluates.
+        policy: scores decisions.
+        method: gives the objective.
+        optimizer, schedule: of the network's trainable parameters.
+        rows_per_chunk: rows per forward and backward.
+        max_grad_norm: global norm to which gradients are cut.
+        epochs: passes over a rollout.
+        ema_every: updates between two steps of the moving average.
+        recompute_old_log_prob: score the rollout once more, in the chunks of training, before the
+            first update: costs a forward per row, and makes the ratio 1 where the network's
+            numbers depend on the batch (bf16 on a GPU).
+    """
+
+    def __init__(
+        self,
+        *,
+        accelerator: Accelerator,
+        network: nn.Module,
+        policy: Policy,
+        method: Method,
+        optimizer: Any,
+        schedule: Any,
+        rows_per_chunk: int,
+        max_grad_norm: float,
+        epochs: int = 1,
+        ema_every: int = 1,
+        recompute_old_log_prob: bool = False,
+    ) -> None:
+        self.accelerator = accelerator
+        self.network = network
+        self.policy = policy
+        self.method = method
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.rows_per_chunk = rows_per_chunk
+        self.max_grad_norm = max_grad_norm
+        self.epochs = epochs
+        self.ema_every = ema_every
+        self.recompute_old_log_prob = recompute_old_log_prob
+        self.num_updates = 0
+
+    def learn(
+        self, trajectory: Trajectory, batch: PromptBatch, advantages: Tensor, valid: Tensor
+    ) -> StepResult:
+        """All updates of a step.
+
+        Args:
+            trajectory: what the rollout stored.
+            batch: the samples.
+            advantages: [N], detached.
+            valid: bool [N], False = the sample is masked.
+
+        Raises:
+            NonFiniteError: a loss or gradient is not finite; the weights are as before the update.
+        """
+        data = trajectory.decisions
+        data = replace(data, mask=data.mask & _like(valid[data.sample], data.mask))
+        if self.recompute_old_log_prob:
+            data = self._recomputed(trajectory, data)
+        advantage = _like(advantages[data.sample], data.mask).float().expand(data.mask.shape)
+        update_of = batch.update[data.sample]
+        sums, norms, num_decisions, num_rows = Sums(), [], 0.0, 0
+        for _ in range(self.epochs):
+            for update in range(int(highest(self.accelerator, int(batch.update.max()))) + 1):
+                mine = update_of == update
+                denominator = total(self.accelerator, [float(data.mask[mine].sum())])[0]
+                num_decisions += denominator
+                chunks = self._chunks(data, advantage, mine)
+                if chunks:
+                    num_rows += sum(len(torch.unique(data.row[index])) for index, _ in chunks)
+                    norms.append(self._update(trajectory, chunks, denominator, sums))
+        metrics = sums.reduce(self.accelerator, num_decisions)
+        metrics["grad_norm"] = sum(norms) / max(len(norms), 1)
+        return StepResult(metrics, num_rows, int(num_decisions))
+
+    def first_ratio_deviation(self, trajectory: Trajectory) -> float:
+        """Largest |ratio - 1| of the stored decisions before any update, over all ranks."""
+        data = trajectory.decisions
+        if self.recompute_old_log_prob:
+            data = self._recomputed(trajectory, data)
+        again = self._recomputed(trajectory, data)
+        deviation = torch.expm1(again.old_log_prob - data.old_log_prob)[data.mask].abs()
+        return highest(self.accelerator, float(deviation.max()) if deviation.numel() else 0.0)
+
+    def _update(
+        self,
+        trajectory: Trajectory,
+        chunks: list[tuple[Tensor, Chunk]],
+        denominator: float,
+        sums: Sums,
+    ) -> float:
+        """One optimiser update over (index, chunk) pairs; the gradient's norm before clipping."""
+        accelerator = self.accelerator
+        for position, (index, chunk) in enumerate(chunks):
+            is_last = position == len(chunks) - 1
+            with nullcontext() if is_last else accelerator.no_sync(self.network):
+                new = self.policy.evaluate(trajectory, index)
+                loss = self.method.objective(new, self._reference(trajectory, index), chunk)
+                value = self.method.aggregate(loss.values, chunk.decisions.mask, denominator)
+                if not torch.isfinite(value):
+                    raise _not_finite(new, chunk)
+                # DDP averages the gradients of ranks; the denominator is of all ranks already.
+                accelerator.backward(value * accelerator.num_processes)
+            sums.add(loss, chunk.decisions.mask)
+        norm = float(accelerator.clip_grad_norm_(self.network.parameters(), self.max_grad_norm))
+        # A grad scaler (fp16) meets infinities by design: it skips the update and scales down.
+        if not norm < float("inf") and accelerator.scaler is None:
+            raise NonFiniteError(
+                f"the gradient's norm is {norm} although the loss is finite; nothing was updated. "
+                "Try compute.mixed_precision=no, or lower optim.lr"
+            )
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        self.num_updates += 1
+        if self.num_updates % self.ema_every == 0:
+            self.policy.weights.update_ema(self.num_updates // self.ema_every)
+        return norm
+
+    def _chunks(
+        self, data: Decisions, advantage: Tensor, mine: Tensor
+    ) -> list[tuple[Tensor, Chunk]]:
+        """(index, chunk) pairs, as many on every rank: a rank with fewer adds masked ones.
+
+        Decisions without an advantage teach nothing unless there is a KL: they are left out, and
+        stay in the denominator.
+        """
+        teaches = data.mask if self.method.kl_coef > 0 else data.mask & (advantage != 0)
+        live = (mine & teaches.flatten(1).any(1) if teaches.ndim > 1 else mine & teaches).nonzero()
+        device = self.accelerator.device
+        chunks = []
+        for index in self._split(data.row, live.flatten()):
+            part = data.select(index).to(device)
+            chunks.append((index, Chunk(part, advantage[index].to(device))))
+        missing = int(highest(self.accelerator, len(chunks))) - len(chunks)
+        if missing:
+            first = data.select(torch.tensor([0])).to(device)
+            masked = replace(first, mask=torch.zeros_like(first.mask))
+            filler = Chunk(masked, torch.zeros_like(first.old_log_prob))
+            chunks += [(torch.tensor([0]), filler)] * missing
+        return chunks
+
+    def _split(self, row: Tensor, index: Tensor) -> list[Tensor]:
+        """The decisions at `index`, cut so that no part has more than rows_per_chunk rows."""
+        if not len(index):
+            return []
+        place = torch.unique_consecutive(row[index], return_inverse=True)[1]
+        sizes = torch.bincount(place // self.rows_per_chunk).tolist()
+        return list(index.split(sizes))
+
+    @torch.no_grad()
+    def _recomputed(self, trajectory: Trajectory, data: Decisions) -> Decisions:
+        """The decisions with log-probs of the current weights, scored in the chunks of training."""
+        parts = self._split(data.row, torch.arange(len(data.row)))
+        fresh = [self.policy.evaluate(trajectory, index).log_prob.cpu() for index in parts]
+        return replace(data, old_log_prob=torch.cat(fresh))
+
+    @torch.no_grad()
+    def _reference(self, trajectory: Trajectory, index: Tensor) -> Evaluation | None:
+        """The reference's view of the decisions; not computed when no KL asks for it."""
+        if self.method.kl_coef == 0:
+            return None
+        with self.policy.weights.use("reference"):
+            return self.policy.evaluate(trajectory, index)
+
+
+def total(accelerator: Accelerator, values: list[float]) -> list[float]:
+    """The sum of each value over all ranks."""
+    tensor = torch.tensor(values, dtype=torch.float64).to(accelerator.device)
+    return accelerator.reduce(tensor, reduction="sum").tolist()  # type: ignore[no-any-return]
+
+
+def highest(accelerator: Accelerator, value: float) -> float:
+    """The highest of a value over all ranks."""
+    tensor = torch.tensor([value], dtype=torch.float64).to(accelerator.device)
+    return float(accelerator.gather(tensor).max())
+
+
+def _like(values: Tensor, shaped: Tensor) -> Tensor:
+    """Per-decision values [E] with the dims of [E, ...]."""
+    return values.reshape(values.shape + (1,) * (shaped.ndim - 1))
+
+
+def _not_finite(new: Evaluation, chunk: Chunk) -> NonFiniteError:
+    """Which of the chunk's ingredients is not finite, for the message."""
+    mask = chunk.decisions.mask
+    parts = {
+        "log_prob": new.log_prob,
+        "old_log_prob": chunk.decisions.old_log_prob,
+        "advantage": chunk.advantage,
+    }
+    bad = {n: int((~torch.isfinite(v[mask])).sum()) for n, v in parts.items()}
+    where = ", ".join(f"{count} of {name}" for name, count in bad.items() if count) or "the KL"
+    sigma = chunk.decisions.sigma
+    return NonFiniteError(
+        f"the loss is not finite; of {int(mask.sum())} decisions at sigma {float(sigma.min()):.3g} "
+        f"to {float(sigma.max()):.3g} these are not finite: {where}. Nothing was updated. Try "
+        "compute.mixed_precision=no, a lower optim.lr, or fewer trained steps near sigma 0"
+    )

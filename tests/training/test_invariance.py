@@ -1,0 +1,78 @@
+"""What must not change a run: chunks, micro-batches, the number of processes, evaluation, tracking.
+
+Kills: a mean over a chunk instead of the global denominator; DDP's average not undone; noise by
+rank; a shared generator that evaluation advances; a KL or an advantage per rank.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flowrl.train.track import read_metrics
+from tests.training.toy_run import FLOW, TOKEN, toy_trainer, write_config
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT = ["run.steps=3", "optim.updates_per_rollout=2", "method.args.kl_coef=0.05"]
+
+
+def trained(folder: Path, text: str, *overrides: str) -> dict[str, torch.Tensor]:
+    toy_trainer(write_config(folder, text), *SHORT, *overrides).run()
+    return load_file(next((folder / "runs/toy/final").rglob("*.safetensors")))
+
+
+def largest_difference(one: dict, two: dict) -> float:
+    assert one.keys() == two.keys()
+    return max(float((one[name] - two[name]).abs().max()) for name in one)
+
+
+# Adam divides by the gradient's size, so a rounding of 1e-7 in a tiny gradient moves a weight by a
+# visible part of lr = 0.01 per update; plain rounding stays far below 1 % of one update.
+ROUNDING = 1e-4
+
+
+@pytest.mark.parametrize("text", [FLOW, TOKEN], ids=["flow", "token"])
+def test_result_does_not_depend_on_chunks(text, tmp_path):
+    whole = trained(tmp_path / "whole", text)
+    small = ["compute.micro_batch_size=7", "compute.rollout_batch_size=5"]
+    cut = trained(tmp_path / "cut", text, *small, "compute.decode_batch_size=3")
+    assert largest_difference(whole, trained(tmp_path / "seed", text, "run.seed=1")) > 0
+    assert largest_difference(whole, cut) < ROUNDING
+
+
+@pytest.mark.parametrize("text", [FLOW, TOKEN], ids=["flow", "token"])
+def test_one_and_two_processes_train_the_same_weights(text, tmp_path):
+    alone = trained(tmp_path / "alone", text)
+    config = write_config(tmp_path / "pair", text)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        str(ROOT / "tests/training/toy_run.py"), str(config), *SHORT,
+    ]  # fmt: skip
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    pair = load_file(next((tmp_path / "pair/runs/toy/final").rglob("*.safetensors")))
+    assert largest_difference(alone, pair) < ROUNDING
+    one, two = (read_metrics(tmp_path / f"{n}/runs/toy/metrics.jsonl") for n in ("alone", "pair"))
+    for row, other in zip(one, two, strict=True):
+        for key in row.keys() - {"time"}:
+            if not key.startswith(("perf/step", "perf/roll", "perf/dec", "perf/rew", "perf/tr",
+                                   "perf/max", "perf/images")):  # fmt: skip
+                assert row[key] == pytest.approx(other[key], rel=1e-3, abs=1e-5), key
+
+
+def test_evaluation_and_images_do_not_change_training(tmp_path):
+    quiet = trained(tmp_path / "quiet", FLOW)
+    busy = trained(
+        tmp_path / "busy", FLOW, "eval.every=1", "eval.seed=7", "track.image_every=1",
+        "checkpoint.every=0",
+    )  # fmt: skip
+    assert largest_difference(quiet, busy) == 0

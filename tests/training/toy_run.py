@@ -1,0 +1,104 @@
+"""The two toys behind the real trainer: `python toy_run.py CONFIG [key=value ...]` is one run.
+
+Also imported by the tests beside it. Everything but the pipeline is built by `flowrl.build`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from flowrl import build
+from flowrl.commands.train import prepare_folder
+from flowrl.config import Config, load_config
+from flowrl.policies.flow import FlowPolicy
+from flowrl.policies.token import TokenPolicy
+from flowrl.policies.weights import FullWeights
+from flowrl.toys import (
+    SymbolReward,
+    TargetReward,
+    ToyFlowPipeline,
+    ToyTokenPipeline,
+    flow_prompts,
+    token_prompts,
+)
+from flowrl.train.loop import Trainer
+from flowrl.train.scoring import RewardSet
+
+FLOW = """
+run: {name: toy, steps: 6}
+model: {pipeline: toy, id: toy}
+method: {name: flow_grpo, args: {num_steps: 6, clip_range: 0.2, advantage_std: group}}
+data: {train: toy, num_groups: 4, group_size: 16}
+rewards: [{name: target}]
+optim: {lr: 0.01}
+compute: {micro_batch_size: 96, rollout_batch_size: 64, decode_batch_size: 64}
+eval: {data: toy, num_steps: 6, samples_per_prompt: 8}
+checkpoint: {every: 1, keep: 2}
+"""
+
+TOKEN = """
+run: {name: toy, steps: 6}
+model: {pipeline: toy, id: toy}
+method: {name: grpo}
+data: {train: toy, num_groups: 4, group_size: 16}
+rewards: [{name: symbol}]
+optim: {lr: 0.01}
+compute: {micro_batch_size: 32, rollout_batch_size: 64, decode_batch_size: 64}
+eval: {data: toy, num_steps: 1, samples_per_prompt: 2}
+checkpoint: {every: 1, keep: 2}
+"""
+
+
+def write_config(folder: Path, text: str) -> Path:
+    """A config file in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "toy.yaml"
+    path.write_text(text)
+    return path
+
+
+def toy_parts(config: Config) -> build.Parts:
+    """Parts of a run on the toy that the method's kind of policy asks for."""
+    method = build.build_method(config, "toy.yaml")
+    accelerator = build.build_accelerator(config)
+    is_flow = method.policy == "flow"
+    pipeline: Any = ToyFlowPipeline(width=32) if is_flow else ToyTokenPipeline(width=24)
+    weights = FullWeights(
+        pipeline.network, with_reference=method.kl_coef > 0, ema_decay=config.optim.ema_decay
+    )
+    shared = {
+        "rollout_batch_size": config.compute.rollout_batch_size,
+        "decode_batch_size": config.compute.decode_batch_size,
+        "device": accelerator.device,
+    }
+    policy: Any = (
+        FlowPolicy(pipeline, weights, guidance_scale=config.model.guidance_scale, **shared)
+        if is_flow
+        else TokenPolicy(pipeline, weights, **shared)
+    )
+    prompts = flow_prompts() if is_flow else token_prompts()[:4]
+    reward = RewardSet(
+        [("target", TargetReward(), 1.0) if is_flow else ("symbol", SymbolReward(), 1.0)]
+    )
+    sampler = build.build_sampler(config, prompts, accelerator)
+    return build.Parts(
+        config, accelerator, method, policy, reward, reward, prompts, prompts, sampler
+    )
+
+
+def toy_trainer(path: Path, *overrides: str) -> Trainer:
+    """A trainer in the folder of its config."""
+    config = load_config(path, [f"run.output_dir={path.parent / 'runs'}", *overrides])
+    parts = toy_parts(config)
+    folder = build.run_folder(config)
+    if parts.accelerator.is_main_process:
+        prepare_folder(parts, folder)
+    parts.accelerator.wait_for_everyone()
+    return build.build_trainer(parts, folder)
+
+
+if __name__ == "__main__":
+    trainer = toy_trainer(Path(sys.argv[1]), *sys.argv[2:])
+    sys.exit(130 if trainer.run() == "interrupted" else 0)
