@@ -1,0 +1,98 @@
+"""`flowrl check CONFIG`: builds everything, prints what would run and what it costs, and stops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flowrl.config import load_config
+
+if TYPE_CHECKING:
+    from flowrl.build import Parts
+    from flowrl.methods.spec import StepPlan
+
+
+def run(config: Path, overrides: Sequence[str]) -> None:
+    """Prints the composed method, batch arithmetic, rewards and estimated cost."""
+    loaded = load_config(config, overrides)  # before torch is loaded: a typo answers at once
+    from rich.console import Console
+
+    from flowrl.build import build_parts
+
+    parts = build_parts(loaded, where=config.name)
+    if parts.accelerator.is_main_process:
+        print_parts(parts)
+        Console().print(f"{config}: everything fits together", highlight=False)
+
+
+def print_parts(parts: Parts) -> None:
+    """Tables: method, batch, rewards, cost."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for title, rows in (
+        ("Method", parts.method.describe()),
+        ("Batch", parts.sampler.describe()),
+        ("Rewards", parts.rewards.describe()),
+        ("Cost of a training step", estimate(parts)),
+    ):
+        table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
+        table.add_column(style="cyan", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, text in rows:
+            table.add_row(name, text)
+        console.print(table)
+
+
+def estimate(parts: Parts) -> list[tuple[str, str]]:
+    """Rows (what, how much) of the first training step, in closed form, over all ranks."""
+    import torch
+
+    from flowrl.methods.spec import StepPlan
+
+    config, plan = parts.config, parts.method.plan(0)
+    samples = config.data.num_groups * config.data.group_size
+    rows: list[tuple[str, str]] = []
+    if isinstance(plan, StepPlan):
+        forwards, trained = network_evals(plan, config.data.num_groups, config.data.group_size)
+        forwards, trained = forwards * parts.guidance_rows, trained * parts.guidance_rows
+        reference = trained if parts.method.kl_coef else 0
+        rows += [
+            ("rollout", f"{forwards} network evaluations, {forwards / samples:.2f} per image"),
+            ("training", f"at most {trained} forward-backward, {trained / samples:.2f} per image"),
+            ("reference", f"{reference} network evaluations"),
+            ("stored states", f"{_stored_mb(parts, plan, samples):.1f} MB"),
+        ]
+    weights = parts.policy.weights
+    network = sum(p.numel() * p.element_size() for p in weights.network.parameters())
+    trainable = sum(p.numel() for p in weights.trainable())
+    rows += [
+        ("network", f"{network / 1e6:.1f} MB, {trainable / 1e6:.2f} M parameters trained"),
+        ("gradient and AdamW", f"{12 * trainable / 1e6:.1f} MB"),
+    ]
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        rows.append(("GPU memory", f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free"))
+    return rows
+
+
+def network_evals(plan: StepPlan, num_groups: int, group_size: int) -> tuple[int, int]:
+    """Closed form: (states evaluated in rollout, states evaluated in training), without guidance.
+
+    A shared start has one state per group until the first stochastic step has been taken.
+    """
+    samples = num_groups * group_size
+    prefix = min(plan.stochastic) + 1 if plan.shared_noise and plan.stochastic else 0
+    prefix = plan.num_steps if plan.shared_noise and not plan.stochastic else prefix
+    forwards = prefix * num_groups + (plan.num_steps - prefix) * samples
+    shared = sum(step < prefix for step in plan.trained)
+    return forwards, shared * num_groups + (len(plan.trained) - shared) * samples
+
+
+def _stored_mb(parts: Parts, plan: StepPlan, samples: int) -> float:
+    levels = {step + k for step in plan.trained for k in (0, 1)}
+    elements = math.prod(parts.policy.pipeline.latent_shape)
+    return len(levels) * samples * elements * 4 / 1e6

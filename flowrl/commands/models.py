@@ -1,0 +1,195 @@
+"""What MODEL means on the command line, and a policy that samples it as the trainer would.
+
+Reading order: `Model`, `find_model` (an embedded name, a run's folder, a diffusers folder or a Hub
+id; whatever was given by an option goes before what the model says), `open_policy`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from flowrl.build import embedded_model, load_pipeline, loading, require_ours
+from flowrl.config import Config, load_config
+from flowrl.errors import ConfigError
+from flowrl.policies.flow import FlowPolicy
+from flowrl.policies.weights import FrozenWeights
+
+_LORA = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model and how it is sampled.
+
+    The defaults are those of diffusers' `StableDiffusion3Pipeline`, for a folder or a Hub id.
+
+    Attributes:
+        id: an embedded name, a diffusers folder or a Hub id: the base where there is a LoRA.
+        where: who says so, for error messages.
+        lora: its folder or file, or None.
+        height, width: pixels; None = the model's own.
+        config: of the run whose artefact this is, or None.
+        step: training steps done; 0 where there is no run.
+    """
+
+    id: str
+    where: str
+    pipeline: str = "sd3"
+    lora: Path | None = None
+    revision: str | None = None
+    height: int | None = None
+    width: int | None = None
+    max_sequence_length: int = 256
+    dtype: str = "float32"
+    mixed_precision: str = "no"
+    args: Mapping[str, Any] = field(default_factory=dict)
+    num_steps: int = 28
+    guidance_scale: float = 7.0
+    rollout_batch_size: int = 32
+    decode_batch_size: int = 32
+    config: Config | None = None
+    step: int = 0
+
+    def describe(self) -> str:
+        """How it is sampled, in a line."""
+        size = f", {self.width} x {self.height} pixels" if self.width and self.height else ""
+        lora = f" with {self.lora}" if self.lora else ""
+        return (
+            f"{self.id}{lora}: {self.num_steps} steps, guidance {self.guidance_scale:g}, "
+            f"text length {self.max_sequence_length}{size}"
+        )
+
+
+def find_model(name: str, given: Mapping[str, Any], *, command: str) -> Model:
+    """What MODEL stands for.
+
+    Args:
+        name: as typed.
+        given: fields of `Model` by option; None = the model's own.
+        command: e.g. "flowrl sample", for error messages.
+
+    Raises:
+        ConfigError: a run without an artefact, or a second LoRA.
+    """
+    require_ours("rewards", "pipelines")
+    folder = Path(name)
+    if embedded := embedded_model(name):
+        model = Model(
+            id=name,
+            where=command,
+            pipeline=embedded.pipeline,
+            height=embedded.height,
+            width=embedded.width,
+            max_sequence_length=embedded.max_sequence_length,
+            num_steps=embedded.num_steps,
+            guidance_scale=embedded.guidance_scale,
+        )
+    elif (folder / "config.yaml").is_file():
+        model = _of_run(folder)
+    else:
+        model = Model(id=name, where=command)
+    if model.lora and given.get("lora"):
+        raise ConfigError(f"{name} is a LoRA already; give its base model, {model.id}, and --lora")
+    return replace(model, **{key: value for key, value in given.items() if value is not None})
+
+
+def open_policy(model: Model, prompts: Sequence[str], accelerator: Accelerator) -> FlowPolicy:
+    """The policy that samples `model`, for these prompts alone.
+
+    Raises:
+        ConfigError: the model or its LoRA cannot be loaded, or does not fit.
+    """
+    pipeline = load_pipeline(
+        model.pipeline,
+        model.id,
+        where=model.where,
+        device=accelerator.device,
+        revision=model.revision,
+        height=model.height,
+        width=model.width,
+        max_sequence_length=model.max_sequence_length,
+        dtype=model.dtype,
+        args=model.args,
+    )
+    if model.lora is not None:
+        with loading(f"{model.where}: the LoRA"):
+            pipeline.load_lora(model.lora)
+    policy = FlowPolicy(
+        pipeline,
+        FrozenWeights(accelerator.prepare_model(pipeline.network, evaluation_mode=True)),
+        guidance_scale=model.guidance_scale,
+        rollout_batch_size=model.rollout_batch_size,
+        decode_batch_size=model.decode_batch_size,
+        device=accelerator.device,
+    )
+    policy.precompute(prompts, None)
+    return policy
+
+
+def make_folder(path: Path) -> Path:
+    """The folder of `--out`, made if need be.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"--out {path} cannot be made ({reason}); choose another") from error
+    return path
+
+
+def _of_run(run: Path) -> Model:
+    """The artefact of a run, sampled as the run evaluated it."""
+    config = load_config(run / "config.yaml")
+    section, guidance = config.model, config.eval.guidance_scale
+    is_lora = section.tuning == "lora"
+    artefact = run / "final" / (_LORA if is_lora else "pipeline")
+    if not artefact.exists():
+        raise ConfigError(
+            f"{run} has no {artefact.relative_to(run)}{_state(run)}; it is written at the end of "
+            "training: go on with run.resume=latest"
+        )
+    return Model(
+        id=section.id if is_lora else str(artefact),
+        where=str(run / "config.yaml") if is_lora else str(run),
+        pipeline=section.pipeline,
+        lora=artefact if is_lora else None,
+        revision=section.revision if is_lora else None,
+        height=section.height,
+        width=section.width,
+        max_sequence_length=section.max_sequence_length,
+        dtype=section.dtype,
+        mixed_precision=config.compute.mixed_precision,
+        args=section.args,
+        num_steps=config.eval.num_steps,
+        guidance_scale=section.guidance_scale if guidance is None else guidance,
+        rollout_batch_size=config.compute.rollout_batch_size,
+        decode_batch_size=config.compute.decode_batch_size,
+        config=config,
+        step=int(_status(run).get("step", 0)),
+    )
+
+
+def _state(run: Path) -> str:
+    """How the run stands, for a message; empty where it does not say."""
+    status = _status(run)
+    return f" (the run is {status['state']} at step {status['step']})" if status else ""
+
+
+def _status(run: Path) -> dict[str, Any]:
+    file = run / "status.json"
+    if not file.is_file():
+        return {}
+    try:
+        status = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file} is damaged ({error}); delete it") from error
+    return dict(status)
