@@ -37,6 +37,8 @@ from transformers import (
 from rewards.shapes.grammar import SKILLS, requests, sample_scene, split
 from rewards.shapes.render import render
 
+# How often each skill is drawn for training: what is hard to read is drawn more often.
+SHARES = {"single_object": 1, "colors": 1, "counting": 2, "two_object": 2, "position": 3, "color_attr": 3}  # fmt: skip
 TEXT_LENGTH = 12  # tokens per encoder: the longest prompt; also the T5 part's `max_sequence_length`
 
 
@@ -190,11 +192,13 @@ def cache_latents(
         return cached["captions"], cached["latents"].float()
     vae = AutoencoderKL.from_pretrained(folder / "vae")
     rng = np.random.default_rng((seed, num))
-    pools = [split(skill, held_out=False) for skill in SKILLS]
+    pools = {skill: split(skill, held_out=False) for skill in SKILLS}
+    shares = np.array([SHARES[skill] for skill in SKILLS], float)
     captions: list[str] = []
     latents: list[Tensor] = []
     for _ in range(0, num, 100):
-        drawn = [pools[i][rng.integers(len(pools[i]))] for i in rng.integers(len(pools), size=100)]
+        skills = rng.choice(SKILLS, size=100, p=shares / shares.sum())
+        drawn = [pools[skill][rng.integers(len(pools[skill]))] for skill in skills]
         pixels = np.stack([render(sample_scene(r, rng, error_rate=error_rate), rng) for r in drawn])
         captions += [request.prompt for request in drawn]
         with torch.no_grad():
@@ -294,7 +298,8 @@ def train_flow(
         )
         x0 = latents[picks].to(device)
         words = [captions[i] if rng.random() > 0.1 else "" for i in picks]
-        sigma = torch.sigmoid(torch.randn(len(picks), generator=generator) * 1.1 + 0.2).to(device)
+        # Mean 0.6, not 0: what a flat picture shows is decided at high noise.
+        sigma = torch.sigmoid(torch.randn(len(picks), generator=generator) * 1.1 + 0.6).to(device)
         x1 = torch.randn(x0.shape, generator=generator).to(device)
         x_t = torch.lerp(x0, x1, sigma[:, None, None, None])
         with torch.autocast(device.type, torch.bfloat16):
