@@ -342,8 +342,13 @@ def load_named_prompts(source: str, *, where: str) -> tuple[Prompt, ...]:
 
 
 def build_accelerator(config: Config) -> Accelerator:
-    """The distributed engine; schedules are stepped once per update, whatever the world size."""
+    """The distributed engine; schedules are stepped once per update, whatever the world size.
+
+    `cpu` is said where there is nothing else: accelerate would otherwise take the processes that
+    torchrun starts there for runs of their own.
+    """
     return Accelerator(
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=config.compute.mixed_precision,
         log_with=list(config.track.trackers) or None,
         project_dir=str(run_folder(config)),

@@ -3,7 +3,7 @@
 `python -m flowrl.make.shapes_base RUN_DIR` runs the stages, each resumable from RUN_DIR: `vae`
 (AutoencoderKL on rendered scenes) and `flow` (SD3Transformer2DModel with its CLIP and T5 text
 encoders, by rectified flow on cached latents), which leaves the `StableDiffusion3Pipeline` folder
-RUN_DIR/pipeline. `accelerate launch --num_processes 2 -m flowrl.make.shapes_base` uses both cores.
+RUN_DIR/pipeline. `torchrun --nproc_per_node 2 -m flowrl.make.shapes_base RUN_DIR` uses two cores.
 Some captions are wrong (`--error-rate`), as captions from the web are: the model learns to follow
 a prompt only part of the time, which is what alignment then has to mend.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -260,16 +260,15 @@ class Average(nn.Module):
 
 
 def train_flow(
-    folder: Path, *, steps: int, seed: int, error_rate: float, num_images: int, batch: int = 64,
+    folder: Path, accelerator: Accelerator, *, steps: int, seed: int, error_rate: float, num_images: int, batch: int = 64,
     lr: float = 1.5e-3, muon_lr: float = 4e-3,
     start_from: Path | None = None,
 ) -> None:  # fmt: skip
-    """Rectified flow on cached latents, on as many processes as `accelerate launch` starts.
+    """Rectified flow on cached latents, on as many processes as were launched.
 
     One step in 25 pads the T5 text to 256 tokens, diffusers' default, so that a caller who forgets
     `max_sequence_length` still gets sensible images.
     """
-    accelerator = Accelerator()
     device = accelerator.device
     rank, world = accelerator.process_index, accelerator.num_processes
     with accelerator.main_process_first():
@@ -344,10 +343,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     args.run_dir.mkdir(parents=True, exist_ok=True)
-    with PartialState().main_process_first():
-        train_vae(args.run_dir, steps=args.vae_steps, seed=args.seed, device=PartialState().device)
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    with accelerator.main_process_first():
+        train_vae(args.run_dir, steps=args.vae_steps, seed=args.seed, device=accelerator.device)
     train_flow(
         args.run_dir,
+        accelerator,
         steps=args.flow_steps,
         seed=args.seed,
         error_rate=args.error_rate,
