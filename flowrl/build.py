@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -193,7 +193,7 @@ def build_policy(config: Config, where: str, method: Method, device: torch.devic
             + ", ".join(n for n, m in METHODS.items() if m.__module__.endswith("flow"))
         )
     model = config.model
-    pipeline = build_pipeline(config, where, device)
+    pipeline = build_pipeline(model, where, device)
     if model.gradient_checkpointing:
         pipeline.network.enable_gradient_checkpointing()
     if model.tuning == "lora":
@@ -219,60 +219,57 @@ def build_policy(config: Config, where: str, method: Method, device: torch.devic
     )
 
 
-def build_pipeline(config: Config, where: str, device: torch.device) -> Any:
-    """The pipeline adapter around the run's model."""
-    model = config.model
-    return load_pipeline(
-        model.pipeline,
-        model.id,
-        where=where,
-        device=device,
-        revision=model.revision,
-        height=model.height,
-        width=model.width,
-        max_sequence_length=model.max_sequence_length,
-        dtype=model.dtype,
-        args=model.args,
-    )
+class ModelSource(Protocol):
+    """Which model, and how it is loaded: the config's section `model` or what MODEL stands for.
+
+    `id` is an embedded name, a folder or a Hub id; a size of None is the model's own.
+    """
+
+    @property
+    def pipeline(self) -> str: ...
+    @property
+    def id(self) -> str: ...
+    @property
+    def revision(self) -> str | None: ...
+    @property
+    def height(self) -> int | None: ...
+    @property
+    def width(self) -> int | None: ...
+    @property
+    def max_sequence_length(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def args(self) -> Mapping[str, Any]: ...
 
 
-def load_pipeline(
-    pipeline: str,
-    model: str,
-    *,
-    where: str,
-    device: torch.device,
-    revision: str | None,
-    height: int | None,
-    width: int | None,
-    max_sequence_length: int,
-    dtype: str,
-    args: Mapping[str, Any],
-) -> Any:
-    """The adapter named `pipeline` around a model: an embedded name, a folder or a Hub id.
+def build_pipeline(model: ModelSource, where: str, device: torch.device) -> Any:
+    """The pipeline adapter that `model.pipeline` names, around the model.
 
-    The other arguments are the config's section `model`; a size of None is the model's own.
+    Raises:
+        ConfigError: there is no such adapter, or the model cannot be loaded.
     """
     from pipelines import PIPELINES
 
-    if pipeline not in PIPELINES:
+    if model.pipeline not in PIPELINES:
         raise ConfigError(
-            f"{where}: model.pipeline={pipeline} is not a pipeline; {closest(pipeline, PIPELINES)}"
+            f"{where}: model.pipeline={model.pipeline} is not a pipeline; "
+            + closest(model.pipeline, PIPELINES)
         )
-    module, _, name = PIPELINES[pipeline].partition(":")
+    module, _, name = PIPELINES[model.pipeline].partition(":")
     adapter = getattr(importlib.import_module(module), name)
     own = ("source", "revision", "height", "width", "max_sequence_length", "dtype", "device")
-    checked = check_call(adapter, args, where=f"{where}: model.args", given=own)
-    with loading(f"{where}: model.id={model}"):
+    args = check_call(adapter, model.args, where=f"{where}: model.args", given=own)
+    with loading(f"{where}: model.id={model.id}"):
         return adapter(
-            resolve_model(model),
-            revision=revision,
-            height=height,
-            width=width,
-            max_sequence_length=max_sequence_length,
-            dtype=_DTYPES[dtype],
+            resolve_model(model.id),
+            revision=model.revision,
+            height=model.height,
+            width=model.width,
+            max_sequence_length=model.max_sequence_length,
+            dtype=_DTYPES[model.dtype],
             device=device,
-            **checked,
+            **args,
         )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -22,13 +22,12 @@ from flowrl.strict import (
     Record,
     apply_overrides,
     escape,
-    field_type,
     fields,
     interpolate,
     validate,
 )
 
-__all__ = ["Config", "check_call", "describe_fields", "dump_config", "load_config", "to_dict"]
+__all__ = ["Config", "check_call", "dump_config", "load_config", "plain", "to_dict"]
 
 Unit = Annotated[float, Field(ge=0, lt=1)]
 Args = dict[str, Any]
@@ -353,7 +352,7 @@ def _defaults() -> dict[str, Any]:
         node = data
         for section in sections:
             node = node.setdefault(section, {})
-        node[name] = _plain(field.get_default(call_default_factory=True))
+        node[name] = plain(field.get_default(call_default_factory=True))
     return data
 
 
@@ -377,16 +376,17 @@ def _refuse_idle(config: Config, by_override: dict[Key, str]) -> None:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The configuration as nested plain data, every default filled in and tuples as lists."""
-    plain = _plain(config.model_dump())
-    assert isinstance(plain, dict)
-    return plain
+    data = plain(config.model_dump())
+    assert isinstance(data, dict)
+    return data
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The value with tuples as lists, as YAML knows them."""
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: plain(each) for key, each in value.items()}
     if isinstance(value, tuple | list):
-        return [_plain(each) for each in value]
+        return [plain(each) for each in value]
     return value
 
 
@@ -398,59 +398,3 @@ def dump_config(config: Config, path: str | Path) -> None:
         path: the file; it is replaced in one move.
     """
     yamlio.write_yaml(escape(to_dict(config)), Path(path))
-
-
-class FieldRow(NamedTuple):
-    """One line of the table of configuration keys."""
-
-    key: str
-    type: str
-    default: str
-    description: str
-
-
-def describe_fields() -> list[FieldRow]:
-    """All keys of a config in order, for docs/config.md; `[]` marks the entries of a list."""
-    rows = []
-    for key, field in fields(Config):
-        default = "required"
-        if not field.is_required():
-            default = _yaml_word(_plain(field.get_default(call_default_factory=True)))
-        rows.append(FieldRow(key, field_type(field), default, field.description or ""))
-    return rows
-
-
-def _yaml_word(value: Any) -> str:
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def to_markdown() -> str:
-    """The page docs/config.md."""
-    rows = []
-    for row in describe_fields():
-        default = row.default if row.default == "required" else f"`{row.default}`"
-        cells = (f"`{row.key}`", row.type, default, row.description)
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(
-        [
-            "# Configuration",
-            "",
-            "Every key of a config file, for `flowrl train CONFIG [key=value ...]`. `[]` stands",
-            "for each entry of a list. A file may begin with `base: other.yaml` and then holds",
-            "what differs; `${section.key}` is another key's value. `flowrl check CONFIG` says",
-            "whether a file fits together. Paths of prompts, models and runs are relative to the",
-            "folder from which flowrl is started, that of `base` to its file.",
-            "Made by `python -m flowrl.config > docs/config.md`.",
-            "",
-            "| key | type | default | value |",
-            "|---|---|---|---|",
-            *rows,
-            "",
-        ]
-    )
-
-
-if __name__ == "__main__":
-    print(to_markdown(), end="")

@@ -20,11 +20,11 @@ from pydantic import ValidationError
 from flowrl.config import (
     OptimConfig,
     check_call,
-    describe_fields,
     dump_config,
     load_config,
     to_dict,
 )
+from flowrl.configdoc import describe_fields
 from flowrl.errors import ConfigError, FlowrlError, closest
 from flowrl.strict import escape, interpolate
 from flowrl.yamlio import read_yaml, write_yaml

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SIBLINGS = ("rewards", "pipelines", "tokenizers_vis")
 EVERYTHING = ("flowrl", *SIBLINGS)
 
-CONFIG = ("flowrl.config", "flowrl.calls", "flowrl.strict", "flowrl.yamlio")
+CONFIG = ("flowrl.config", "flowrl.configdoc", "flowrl.calls", "flowrl.strict", "flowrl.yamlio")
 RECORDS = ("flowrl.types", "flowrl.protocols", "flowrl.errors")
 
 # What a module or package may import of ours besides itself. A name covers what lies below it, and
@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "flowrl.strict": ("flowrl.errors", "flowrl.yamlio"),
     "flowrl.calls": ("flowrl.errors", "flowrl.yamlio", "flowrl.strict"),
     "flowrl.config": ("flowrl.errors", "flowrl.yamlio", "flowrl.strict", "flowrl.calls"),
+    "flowrl.configdoc": ("flowrl.config", "flowrl.strict"),
     "flowrl.methods": ("flowrl.functional", *RECORDS, *CONFIG),
     # A policy runs the plan of a method's spec, and draws its noise where all seeds are derived.
     "flowrl.policies": ("flowrl.functional", "flowrl.methods.spec", "flowrl.data.noise", *RECORDS),

@@ -14,7 +14,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from flowrl.build import embedded_model, load_pipeline, loading, require_ours
+from flowrl.build import build_pipeline, embedded_model, loading, require_ours
 from flowrl.config import Config, load_config
 from flowrl.errors import ConfigError
 from flowrl.policies.flow import FlowPolicy
@@ -105,18 +105,7 @@ def open_policy(model: Model, prompts: Sequence[str], accelerator: Accelerator) 
     Raises:
         ConfigError: the model or its LoRA cannot be loaded, or does not fit.
     """
-    pipeline = load_pipeline(
-        model.pipeline,
-        model.id,
-        where=model.where,
-        device=accelerator.device,
-        revision=model.revision,
-        height=model.height,
-        width=model.width,
-        max_sequence_length=model.max_sequence_length,
-        dtype=model.dtype,
-        args=model.args,
-    )
+    pipeline = build_pipeline(model, model.where, accelerator.device)
     if model.lora is not None:
         with loading(f"{model.where}: the LoRA"):
             pipeline.load_lora(model.lora)

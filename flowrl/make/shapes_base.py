@@ -38,7 +38,9 @@ from rewards.shapes.grammar import SKILLS, requests, sample_scene, split
 from rewards.shapes.render import render
 
 # How often each skill is drawn for training: what is hard to read is drawn more often.
-SHARES = {"single_object": 1, "colors": 1, "counting": 2, "two_object": 2, "position": 3, "color_attr": 3}  # fmt: skip
+SHARES = {
+    "single_object": 1, "colors": 1, "counting": 2, "two_object": 2, "position": 3, "color_attr": 3,
+}  # fmt: skip
 TEXT_LENGTH = 12  # tokens per encoder: the longest prompt; also the T5 part's `max_sequence_length`
 
 
@@ -260,8 +262,8 @@ class Average(nn.Module):
 
 
 def train_flow(
-    folder: Path, accelerator: Accelerator, *, steps: int, seed: int, error_rate: float, num_images: int, batch: int = 64,
-    lr: float = 1.5e-3, muon_lr: float = 4e-3,
+    folder: Path, accelerator: Accelerator, *, steps: int, seed: int, error_rate: float,
+    num_images: int, batch: int = 64, lr: float = 1.5e-3, muon_lr: float = 4e-3,
     start_from: Path | None = None,
 ) -> None:  # fmt: skip
     """Rectified flow on cached latents, on as many processes as were launched.

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flowrl.config import describe_fields, load_config
+from flowrl.config import load_config
+from flowrl.configdoc import describe_fields
 from flowrl.errors import ConfigError
 from flowrl.train.track import METRICS
 from flowrl.yamlio import read_yaml

@@ -7,6 +7,7 @@ options that are not passed on; an error that names neither file nor key; a trac
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import Result
@@ -78,17 +79,23 @@ def test_sample_writes_an_image_each_and_a_grid(base: Path, tmp_path: Path) -> N
 def test_an_image_depends_on_prompt_and_seed_and_not_on_its_neighbours(
     base: Path, tmp_path: Path
 ) -> None:
-    def first(name: str, prompt: str, *options: object) -> bytes:
+    def first(name: str, prompt: str, *options: object) -> np.ndarray:
         done("sample", base, prompt, "--out", tmp_path / name, *PLAIN, *options)
-        return next((tmp_path / name).glob("*_00.png")).read_bytes()
+        return np.asarray(Image.open(next((tmp_path / name).glob("*_00.png"))), int)
 
     alone = first("alone", PROMPT, "--num", 1)
     assert not list((tmp_path / "alone").glob("*grid*"))
-    assert first("among", PROMPT, "--num", 2) == alone
-    assert first("seed", PROMPT, "--num", 1, "--seed", 1) != alone
-    assert first("prompt", "two blue circles", "--num", 1) != alone
-    assert first("guided", PROMPT, "--num", 1, "--guidance-scale", 4) != alone
-    assert first("steps", PROMPT, "--num", 1, "--num-steps", 3) != alone
+    # A batch of another size may round another way: one level of 256, in few pixels.
+    difference = np.abs(first("among", PROMPT, "--num", 2) - alone)
+    assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
+    for name, prompt, *options in (
+        ("seed", PROMPT, "--seed", 1),
+        ("prompt", "two blue circles"),
+        ("guided", PROMPT, "--guidance-scale", 4),
+        ("steps", PROMPT, "--num-steps", 3),
+    ):
+        other = first(name, prompt, "--num", 1, *options)
+        assert (np.abs(other - alone) > 1).mean() > 0.01, name
 
 
 def test_sample_draws_the_size_that_it_is_asked_for(base: Path, tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ from transformers import (
 )
 
 from flowrl.commands import check
-from flowrl.config import Config, describe_fields, load_config
+from flowrl.config import Config, load_config
+from flowrl.configdoc import describe_fields
 from flowrl.data.prompts import load_prompts
 from flowrl.data.sampler import GroupSampler
 from flowrl.types import Prompt
@@ -101,11 +102,11 @@ def test_the_prompt_files_hold_distinct_prompts_and_share_none() -> None:
 
 def test_the_page_of_keys_is_what_the_records_say() -> None:
     printed = subprocess.run(
-        [sys.executable, "-m", "flowrl.config"], capture_output=True, text=True, check=True,
+        [sys.executable, "-m", "flowrl.configdoc"], capture_output=True, text=True, check=True,
         cwd=ROOT,
     ).stdout  # fmt: skip
     page = (ROOT / "docs" / "config.md").read_text()
-    assert page == printed, "run python -m flowrl.config > docs/config.md"
+    assert page == printed, "run python -m flowrl.configdoc > docs/config.md"
     table = [line for line in page.splitlines() if line.startswith("| `")]
     assert [line.split("`")[1] for line in table] == [row.key for row in describe_fields()]
     assert all(line.replace("\\|", "").count("|") == 5 for line in table)
