@@ -1,17 +1,21 @@
 """Trains the embedded base model: a tiny Stable Diffusion 3 that draws shapes and misreads prompts.
 
 `python -m flowrl.make.shapes_base RUN_DIR` runs the stages, each resumable from RUN_DIR: `vae`
-(AutoencoderKL on rendered scenes) and `flow` (SD3Transformer2DModel with its CLIP and T5 text
-encoders, by rectified flow on cached latents), which leaves the `StableDiffusion3Pipeline` folder
-RUN_DIR/pipeline. `torchrun --nproc_per_node 2 -m flowrl.make.shapes_base RUN_DIR` uses two cores.
+(AutoencoderKL on rendered scenes), `flow` (SD3Transformer2DModel with its CLIP and T5 text
+encoders, by rectified flow on cached latents) and `guided` (the same networks learn to say at once
+what classifier-free guidance says with two evaluations), which leaves the
+`StableDiffusion3Pipeline` folder RUN_DIR/pipeline. Two cores are used by
+`torchrun --nproc_per_node 2 -m flowrl.make.shapes_base RUN_DIR`.
 Some captions are wrong (`--error-rate`), as captions from the web are: the model learns to follow
 a prompt only part of the time, which is what alignment then has to mend.
 """
 
 import argparse
+import copy
 import math
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -256,23 +260,49 @@ class Average(nn.Module):
             list(self.values), [p.detach() for p in module.parameters()], 1 - self.decay
         )
 
+    def copy_to(self, module: nn.Module) -> None:
+        for mine, theirs in zip(self.values, module.parameters(), strict=True):
+            theirs.data.copy_(mine.data)
+
     def swap(self, module: nn.Module) -> None:
         for mine, theirs in zip(self.values, module.parameters(), strict=True):
             mine.data, theirs.data = theirs.data, mine.data
 
 
+@dataclass(frozen=True)
+class Stage:
+    """One training of the flow; it writes RUN_DIR/<name>.pt.
+
+    Attributes:
+        name: of the stage.
+        steps: optimiser steps.
+        lr, muon_lr: peaks, of AdamW and of Muon (the weight matrices of the blocks).
+        start_from: checkpoint whose weights it starts from; None = fresh ones.
+        guidance: None = rectified flow's own target, x1 - x0. Else the target is the velocity of
+            the averaged weights in `start_from` under classifier-free guidance of this scale
+            (guidance distillation, arXiv:2210.03142, section 3.1).
+    """
+
+    name: str
+    steps: int
+    lr: float
+    muon_lr: float
+    start_from: Path | None = None
+    guidance: float | None = None
+
+
 def train_flow(
-    folder: Path, accelerator: Accelerator, *, steps: int, seed: int, error_rate: float,
-    num_images: int, batch: int = 64, lr: float = 1.5e-3, muon_lr: float = 4e-3,
-    start_from: Path | None = None,
+    folder: Path, accelerator: Accelerator, stage: Stage, *, seed: int, error_rate: float,
+    num_images: int, batch: int = 64,
 ) -> None:  # fmt: skip
-    """Rectified flow on cached latents, on as many processes as were launched.
+    """A stage on cached latents, on as many processes as were launched.
 
     One step in 25 pads the T5 text to 256 tokens, diffusers' default, so that a caller who forgets
     `max_sequence_length` still gets sensible images.
     """
     device = accelerator.device
     rank, world = accelerator.process_index, accelerator.num_processes
+    checkpoint = folder / f"{stage.name}.pt"
     with accelerator.main_process_first():
         captions, latents = cache_latents(folder, num=num_images, seed=seed, error_rate=error_rate)
     pipeline = build_pipeline(AutoencoderKL.from_pretrained(folder / "vae"), seed)
@@ -280,20 +310,25 @@ def train_flow(
     blocks = [p for n, p in flow.named_parameters() if p.ndim == 2 and "transformer_blocks" in n]
     others = [p for p in flow.parameters() if all(p is not block for block in blocks)]
     muon = torch.optim.Muon(
-        blocks, lr=muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw", nesterov=True
+        blocks, lr=stage.muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw", nesterov=True
     )
-    adam = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    adam = torch.optim.AdamW(others, lr=stage.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     average = Average(flow, decay=0.998)
     parts = {"flow": flow, "average": average, "muon": muon, "adam": adam}
-    if start_from is not None and not (folder / "flow.pt").exists():
-        _resume(start_from, flow=flow, average=average)
-    start = _resume(folder / "flow.pt", **parts)
+    teacher = None
+    if stage.start_from is not None:
+        _resume(stage.start_from, flow=flow, average=average)
+        if stage.guidance is not None:
+            average.copy_to(flow)
+            teacher = copy.deepcopy(flow).requires_grad_(False)
+    start = _resume(checkpoint, **parts)
     parallel = accelerator.prepare(flow)
     clock, losses = time.time(), []
-    for step in range(start, steps):
+    for step in range(start, stage.steps):
         rng = np.random.default_rng((seed, step, rank))
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * world + rank)
         is_long = step % 25 == 24
+        length = 256 if is_long else TEXT_LENGTH
         picks = rng.integers(
             len(captions), size=max(1, (batch // 4 if is_long else batch) // world)
         )
@@ -304,27 +339,41 @@ def train_flow(
         x1 = torch.randn(x0.shape, generator=generator).to(device)
         x_t = torch.lerp(x0, x1, sigma[:, None, None, None])
         with torch.autocast(device.type, torch.bfloat16):
-            velocity = parallel(x_t, sigma, words, 256 if is_long else TEXT_LENGTH)
-        loss = (velocity.float() - (x1 - x0)).square().mean()
+            target = x1 - x0
+            if teacher is not None and stage.guidance is not None:
+                target = _guided(teacher, x_t, sigma, words, length, stage.guidance)
+            velocity = parallel(x_t, sigma, words, length)
+        loss = (velocity.float() - target).square().mean()
         loss.backward()
         nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
-        for optimizer, peak in ((muon, muon_lr), (adam, lr)):
-            optimizer.param_groups[0]["lr"] = peak * _warm_linear(step, steps)
+        for optimizer, peak in ((muon, stage.muon_lr), (adam, stage.lr)):
+            optimizer.param_groups[0]["lr"] = peak * _warm_linear(step, stage.steps)
             optimizer.step()
             optimizer.zero_grad()
         average.update(flow)
         losses.append(loss.item())
-        is_over = step == steps - 1
+        is_over = step == stage.steps - 1
         if rank == 0 and (step % 100 == 99 or is_over):
-            print(
-                f"flow {step + 1} loss {np.mean(losses[-100:]):.4f} {time.time() - clock:.0f}s",
-                flush=True,
-            )
+            mean = np.mean(losses[-100:])
+            passed = time.time() - clock
+            print(f"{stage.name} {step + 1} loss {mean:.4f} {passed:.0f}s", flush=True)
         if rank == 0 and (step % 500 == 499 or is_over):
-            _save(folder / "flow.pt", step + 1, **parts)
+            _save(checkpoint, step + 1, **parts)
             average.swap(flow)
             pipeline.save_pretrained(folder / "pipeline")
             average.swap(flow)
+    accelerator.wait_for_everyone()
+
+
+@torch.no_grad()
+def _guided(
+    teacher: TextConditionedFlow, x_t: Tensor, sigma: Tensor, captions: list[str], length: int,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    """The teacher's velocity under guidance; of an empty caption, its own."""
+    both = teacher(x_t.repeat(2, 1, 1, 1), sigma.repeat(2), [""] * len(x_t) + captions, length)
+    unconditional, conditional = both.float().chunk(2)
+    return unconditional + scale * (conditional - unconditional)
 
 
 def _warm_linear(step: int, steps: int) -> float:
@@ -338,6 +387,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=1600)
     parser.add_argument("--flow-steps", type=int, default=16000)
+    parser.add_argument("--guided-steps", type=int, default=800)
+    parser.add_argument("--guidance", type=float, default=3.0, help="scale that stage 3 distils")
     parser.add_argument("--batch", type=int, default=64, help="images per flow step, all processes")
     parser.add_argument("--num-images", type=int, default=40000, help="latents that are cached")
     parser.add_argument("--error-rate", type=float, default=0.4, help="share of wrong captions")
@@ -348,16 +399,21 @@ def main() -> None:
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     with accelerator.main_process_first():
         train_vae(args.run_dir, steps=args.vae_steps, seed=args.seed, device=accelerator.device)
-    train_flow(
-        args.run_dir,
-        accelerator,
-        steps=args.flow_steps,
-        seed=args.seed,
-        error_rate=args.error_rate,
-        num_images=args.num_images,
-        batch=args.batch,
-        start_from=args.start_from,
-    )
+    flow = Stage("flow", args.flow_steps, lr=1.5e-3, muon_lr=4e-3, start_from=args.start_from)
+    guided = Stage(
+        "guided", args.guided_steps, lr=5e-4, muon_lr=2e-3,
+        start_from=args.run_dir / "flow.pt", guidance=args.guidance,
+    )  # fmt: skip
+    for stage in (flow, guided):
+        train_flow(
+            args.run_dir,
+            accelerator,
+            stage,
+            seed=args.seed,
+            error_rate=args.error_rate,
+            num_images=args.num_images,
+            batch=args.batch,
+        )
 
 
 if __name__ == "__main__":
