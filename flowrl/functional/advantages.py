@@ -142,7 +142,7 @@ def sum_of_normalized(
 
     Paper: MixGRPO, arXiv:2507.21802 (its code's "advantage_aggr"). Differs: the weights are taken
     as given, as in Pref-GRPO; MixGRPO divides them by their sum. GDPO normalises the result once
-    more: pass it to `group_normalized` with one group_id for all.
+    more, see `gdpo`.
 
     Args:
         rewards: name -> [N].
@@ -161,6 +161,86 @@ def sum_of_normalized(
         for name, reward in used.items()
     }
     return weighted_sum({**rewards, **normalized}, weights)
+
+
+def gdpo(
+    rewards: Mapping[str, Tensor],
+    group_id: Tensor,
+    valid: Tensor | None = None,
+    *,
+    weights: Mapping[str, float],
+    eps: float = 1e-4,
+    ddof: int = 0,
+) -> Tensor:
+    """`sum_of_normalized`, then normalised once more over the whole batch [N], detached.
+
+    Paper: GDPO (reward-decoupled normalisation), arXiv:2601.05242. Rewards keep their resolution
+    as in `sum_of_normalized`, and the scale of the result does not grow with their number. The
+    batch must be whole (all ranks), because its mean and std are taken. Arguments and errors as
+    `sum_of_normalized`.
+    """
+    total = sum_of_normalized(rewards, group_id, valid, weights=weights, eps=eps, ddof=ddof)
+    return group_normalized(total, torch.zeros_like(group_id), valid, eps=eps, ddof=ddof)
+
+
+def dense_gains(
+    rewards: Tensor,
+    group_id: Tensor,
+    valid: Tensor | None = None,
+    *,
+    eps: float = 1e-4,
+    ddof: int = 0,
+) -> Tensor:
+    """What every sampler step gained, normalised in the group step by step: [N, T], detached.
+
+    Paper: DenseGRPO, arXiv:2601.20218: the gain R_{t-1} - R_t, where R_t is the reward of the
+    image that the deterministic sampler makes of x_t. Differs: columns run in sampling order, so
+    the gain of step i is rewards[:, i + 1] - rewards[:, i].
+
+    Args:
+        rewards: [N, T + 1]; column i = completed from the state before step i, the last = the image
+            itself.
+        group_id: int64 [N].
+        valid: bool [N], True = all rewards of the row count; None = all.
+        eps: added to each std; DenseGRPO's own eps was not verified.
+        ddof: 0 or 1, as in `group_normalized`.
+
+    Raises:
+        ValueError: rewards that are not [N, T + 1] with T >= 1, or as `group_normalized`.
+    """
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"rewards must be [N, T + 1], T >= 1, but have {list(rewards.shape)}.")
+    gains = at_least_float32(rewards.detach()).diff(dim=1).unbind(1)
+    columns = [group_normalized(gain, group_id, valid, eps=eps, ddof=ddof) for gain in gains]
+    return torch.stack(columns, dim=1)
+
+
+def win_rates(first_wins: Tensor) -> Tensor:
+    """Share of its comparisons that every sample of a group won: [..., G] in [0, 1], detached.
+
+    Paper: Pref-GRPO, arXiv:2508.20751: the mean of P(i beats j) over the others, a reward that
+    spreads over [0, 1] where raw scores differ in the third digit. Differs: a pair that was judged
+    in both orders counts with the mean of the two answers, which cancels the judge's position
+    bias (Pref-GRPO judges each pair once); no rounding to three decimals.
+
+    Args:
+        first_wins: [..., G, G]; entry (i, j) = P(i wins), i shown first, j second; a tie is 1/2;
+            nan = not asked. The diagonal is ignored.
+
+    Returns:
+        As above, float32 at least; nan for a sample without any comparison.
+
+    Raises:
+        ValueError: not square, or a probability outside [0, 1].
+    """
+    if first_wins.ndim < 2 or first_wins.shape[-1] != first_wins.shape[-2]:
+        raise ValueError(f"first_wins must be [..., G, G], but has {list(first_wins.shape)}.")
+    if ((first_wins < 0) | (first_wins > 1)).any():
+        raise ValueError("first_wins holds probabilities, but some lie outside [0, 1].")
+    asked = at_least_float32(first_wins.detach())
+    either_order = torch.stack([asked, 1 - asked.transpose(-1, -2)]).nanmean(dim=0)
+    myself = torch.eye(asked.shape[-1], dtype=torch.bool, device=asked.device)
+    return either_order.masked_fill(myself, torch.nan).nanmean(dim=-1)
 
 
 @dataclass(frozen=True)

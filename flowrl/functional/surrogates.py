@@ -7,7 +7,7 @@ is its negative.
 import torch
 from torch import Tensor
 
-from flowrl.functional.shapes import expand_to
+from flowrl.functional.shapes import expand_to, require_same_shape
 
 
 def ppo_clip(ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> Tensor:
@@ -37,3 +37,41 @@ def ppo_clip(ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float
     advantage = expand_to(advantage.detach(), ratio, "advantage")
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     return torch.minimum(ratio * advantage, clipped * advantage)
+
+
+def dppo(ratio: Tensor, advantage: Tensor, kl: Tensor, threshold: float) -> Tensor:
+    """Surrogate ratio * advantage where `dppo_keep`, else 0, to be maximised.
+
+    Paper: Flow-DPPO, arXiv:2606.11025, as implemented in verl-omni; the paper itself was not read.
+    A trust region on the divergence of the decision instead of a clip on its ratio: of a
+    high-dimensional Gaussian the ratio is one noisy sample of what the KL measures exactly.
+
+    Args:
+        ratio: [...], new over old probability, per decision.
+        advantage: as ratio, or [N] for ratio [N, ...]: the row's; detached.
+        kl: as ratio, KL(current to old) of the decision, e.g. `regularizers.gaussian_kl` with the
+            old mean; detached. nan (a decision without density, to be masked) keeps.
+        threshold: positive; verl-omni uses 1e-5 for the KL divided by the number of dims.
+
+    Returns:
+        As ratio.
+
+    Raises:
+        ValueError: a threshold that is not positive, or shapes that do not fit.
+    """
+    keep = dppo_keep(ratio, advantage, kl, threshold)
+    return torch.where(keep, ratio * expand_to(advantage.detach(), ratio, "advantage"), 0.0)
+
+
+def dppo_keep(ratio: Tensor, advantage: Tensor, kl: Tensor, threshold: float) -> Tensor:
+    """Bool as ratio, False = outside the trust region (kl >= threshold) and moving further away.
+
+    Away is up for a good decision (advantage > 0, ratio > 1) and down for a bad one; the way back
+    is always open. Arguments and errors as `dppo`.
+    """
+    if not threshold > 0:
+        raise ValueError(f"threshold must be positive, but is {threshold}.")
+    require_same_shape(ratio=ratio, kl=kl)
+    advantage = expand_to(advantage.detach(), ratio, "advantage")
+    moves_away = ((advantage > 0) & (ratio > 1)) | ((advantage < 0) & (ratio < 1))
+    return ~((kl >= threshold) & moves_away)

@@ -2,7 +2,8 @@
 
 Kills, among others: groups taken by position instead of id; the baseline over the batch; ddof
 swapped; an invalid reward in the mean, the std or the count; nan * 0; n / (n - 1) inverted; eps
-multiplied.
+multiplied; gdpo without its second pass, or with it per group; gains negated, or normalised
+over all steps; a win counted for the second shown.
 """
 
 from collections.abc import Callable
@@ -15,12 +16,15 @@ from torch import Tensor
 
 from flowrl.functional.advantages import (
     clip_advantages,
+    dense_gains,
+    gdpo,
     global_std_normalized,
     group_centered,
     group_normalized,
     leave_one_out,
     sum_of_normalized,
     weighted_sum,
+    win_rates,
     zero_std_groups,
 )
 
@@ -255,3 +259,84 @@ def test_rewards_and_weights_must_name_the_same_things() -> None:
         weighted_sum({"a": REWARDS, "b": REWARDS[:1]}, {"a": 1.0, "b": 1.0})
     with pytest.raises(ValueError, match="must name exactly the rewards"):
         sum_of_normalized({"a": REWARDS, "b": REWARDS}, GROUP_ID, weights={"a": 1.0})
+
+
+def test_golden_gdpo() -> None:
+    # Groups (0, 2) and (0, 6): both rewards z = (-1, 1); sum with weights 1 and 2 of equal z:
+    # (-3, 3) and, where b is reversed, (1, -1): mean 0, variance (9 + 9 + 1 + 1) / 4 = 5.
+    a = torch.tensor([0.0, 2.0, 0.0, 6.0], dtype=torch.float64)
+    b = torch.tensor([1.0, 2.0, 9.0, 7.0], dtype=torch.float64)
+    group_id = torch.tensor([4, 4, 1, 1])
+    value = gdpo({"a": a, "b": b}, group_id, weights={"a": 1.0, "b": 2.0}, eps=0.0)
+    assert_golden(value, *(x / 5**0.5 for x in (-3, 3, 1, -1)))
+
+
+def test_gdpo_has_the_same_scale_for_one_reward_and_for_three() -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(3, 12, dtype=torch.float64, generator=generator)
+    group_id = torch.arange(12) // 4
+    for count in (1, 3):
+        rewards = {str(i): drawn[i] for i in range(count)}
+        value = gdpo(rewards, group_id, weights=dict.fromkeys(rewards, 1.0), eps=0.0)
+        assert value.var(correction=0).item() == pytest.approx(1)
+
+
+def test_gdpo_leaves_invalid_samples_at_zero_and_out_of_the_second_pass() -> None:
+    valid = torch.tensor([True, True, True, True, False])
+    poisoned = torch.where(valid, REWARDS, torch.nan)
+    value = gdpo({"a": poisoned}, GROUP_ID, valid, weights={"a": 1.0})
+    kept = gdpo({"a": REWARDS[valid]}, GROUP_ID[valid], weights={"a": 1.0})
+    assert value[4] == 0
+    torch.testing.assert_close(value[valid], kept)
+
+
+def test_golden_dense_gains() -> None:
+    # Gains of step 0: (1, 3), of step 1: (4, -4); each column has mean 2 or 0 and std 1 or 4.
+    rewards = torch.tensor([[0.0, 1.0, 5.0], [2.0, 5.0, 1.0]], dtype=torch.float64)
+    value = dense_gains(rewards, torch.tensor([3, 3]), eps=0.0)
+    assert value.tolist() == [[-1, 1], [1, -1]]
+
+
+def test_dense_gains_ignore_where_a_sample_starts_and_invalid_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.randn(5, 4, dtype=torch.float64, generator=generator)
+    offset = torch.arange(5.0, dtype=torch.float64)[:, None]
+    expected = dense_gains(rewards, GROUP_ID)
+    torch.testing.assert_close(dense_gains(rewards + offset, GROUP_ID), expected)
+    valid = torch.tensor([True, True, True, True, False])
+    value = dense_gains(torch.where(valid[:, None], rewards, torch.nan), GROUP_ID, valid)
+    assert (value[4] == 0).all()
+    torch.testing.assert_close(value[valid], dense_gains(rewards[valid], GROUP_ID[valid]))
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 1), (5, 2, 2)])
+def test_dense_gains_need_a_reward_before_and_after(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"must be \[N, T \+ 1\]"):
+        dense_gains(torch.zeros(shape), GROUP_ID)
+
+
+def test_golden_win_rates() -> None:
+    # Only i < j asked: 0 beats 1 surely, ties with 2; 1 loses to 2 with .75.
+    nan = torch.nan
+    once = torch.tensor([[nan, 1.0, 0.5], [nan, nan, 0.25], [nan, nan, nan]], dtype=torch.float64)
+    assert_golden(win_rates(once), (1 + 0.5) / 2, (0 + 0.25) / 2, (0.5 + 0.75) / 2)
+
+
+def test_win_rates_cancel_a_judge_that_prefers_what_it_sees_first() -> None:
+    generator = torch.Generator().manual_seed(0)
+    half = torch.rand(4, 4, dtype=torch.float64, generator=generator) / 2
+    fair = (half + 1 - half.T) / 2  # P(i beats j) + P(j beats i) = 1
+    torch.testing.assert_close(win_rates(fair + 0.1), win_rates(fair))
+    torch.testing.assert_close(win_rates(fair).sum(), torch.tensor(2.0).double())
+
+
+def test_win_rates_of_the_uncompared_are_nan_and_nonsense_is_refused() -> None:
+    asked = torch.full((2, 3, 3), torch.nan)
+    asked[0, 0, 1] = 1.0
+    rates = win_rates(asked)
+    assert rates[0, :2].tolist() == [1, 0]
+    assert rates[0, 2].isnan() and rates[1].isnan().all()
+    with pytest.raises(ValueError, match=r"must be \[\.\.\., G, G\]"):
+        win_rates(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="probabilities"):
+        win_rates(torch.full((2, 2), 2.0))

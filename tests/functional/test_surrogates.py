@@ -1,7 +1,8 @@
 """surrogates.py: the four corners of PPO's clip, its bound and its gradient.
 
 Kills, among others: maximum for minimum; clip_low and clip_high swapped; no min at all (a clipped
-bad move that cannot come back); an advantage [N] along the last dim.
+bad move that cannot come back); an advantage [N] along the last dim. Of Flow-DPPO: a mask on the KL
+alone, which also stops the way back; > for >=; good and bad swapped; a nan KL that masks.
 """
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flowrl.functional.surrogates import ppo_clip
+from flowrl.functional.surrogates import dppo, dppo_keep, ppo_clip
 
 
 def f64(*values: float) -> Tensor:
@@ -74,3 +75,35 @@ def test_clip_distances_that_are_not_positive_are_refused(low: float, high: floa
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"advantage must be a number, \[B\]"):
         ppo_clip(torch.ones(2, 3), torch.ones(3), 0.2, 0.2)
+
+
+# ratio, advantage and kl: good up, good down, bad up, bad down, each inside and outside .5.
+RATIO = f64(2, 0.5, 2, 0.5, 2, 0.5, 2, 0.5)
+ADVANTAGE = f64(3, 3, -3, -3, 3, 3, -3, -3)
+KL = f64(0.4, 0.4, 0.4, 0.4, 0.5, 0.5, 0.5, 0.5)
+
+
+def test_golden_dppo_masks_only_what_is_outside_and_moves_away() -> None:
+    # At the threshold itself: outside. Good and up, bad and down move away.
+    keep = dppo_keep(RATIO, ADVANTAGE, KL, 0.5)
+    assert keep.tolist() == [True] * 4 + [False, True, True, False]
+    value = dppo(RATIO, ADVANTAGE, KL, 0.5)
+    assert value.tolist() == [6, 1.5, -6, -1.5, 0, 1.5, -6, 0]
+
+
+def test_dppo_has_the_gradient_of_the_advantage_where_kept_and_exactly_none_elsewhere() -> None:
+    ratio, kl = RATIO.clone().requires_grad_(), KL.clone().requires_grad_()
+    dppo(ratio, ADVANTAGE, kl, 0.5).sum().backward()
+    assert ratio.grad is not None and kl.grad is None
+    assert ratio.grad.tolist() == [3, 3, -3, -3, 0, 3, -3, 0]
+
+
+def test_dppo_keeps_an_unmoved_decision_and_one_without_a_density() -> None:
+    assert dppo_keep(f64(1, 2), f64(3, 3), f64(9, torch.nan), 0.5).tolist() == [True, True]
+
+
+def test_dppo_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="threshold must be positive"):
+        dppo(RATIO, ADVANTAGE, KL, 0.0)
+    with pytest.raises(ValueError, match="kl must have the shape of ratio"):
+        dppo(RATIO, ADVANTAGE, KL[:3], 0.5)

@@ -1,0 +1,218 @@
+"""The forward-process policy: draws samples by any sampler, and trains on them noised afresh.
+
+What is kept of a rollout is the clean latents alone. The levels sigma and the noises at which they
+are trained are functions of (batch.seed, sample_id or group_id, draw), made again whenever they are
+asked for, so every parameter set sees the same points and neither the chunk nor the world size can
+change one. Reading order: `ForwardPlan`, `ForwardTrajectory`, `evaluate`, `ForwardPolicy`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from flowrl.data.noise import sample_noise, sample_uniform
+from flowrl.functional.flow import interpolate
+from flowrl.functional.matching import Matching
+from flowrl.functional.shapes import at_least_float32
+from flowrl.functional.sigma_draws import stratified
+from flowrl.protocols import Weights
+from flowrl.types import Decisions, PromptBatch, Rollout
+
+SigmaDraw = Callable[[Tensor, Tensor], Tensor]
+"""(uniform numbers in [0, 1), the sampler's sigmas [T+1]) -> sigmas; see `sigma_draws`."""
+
+Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x_t [R, ...], sigma [R], sample int64 [R], an index into the batch) -> velocity [R, ...]."""
+
+
+@dataclass(frozen=True)
+class ForwardPlan:
+    """How samples are drawn and where on the path they are trained.
+
+    Attributes:
+        num_steps: steps of the deterministic sampler.
+        num_draws: (sigma, noise) pairs per sample, one network evaluation of training each.
+        sigma_draw: distribution of sigma.
+        is_stratified: a sample's draws fall one into each of num_draws equal parts of it.
+        shares_draws: the samples of a group are trained at the same (sigma, noise) pairs, as pair
+            and group preferences need; a pair of a data set is a group of two.
+        rollout_with: the parameter set that draws the samples.
+        shared_noise: a group starts from one x_T.
+    """
+
+    num_steps: int
+    num_draws: int
+    sigma_draw: SigmaDraw
+    is_stratified: bool = True
+    shares_draws: bool = False
+    rollout_with: Literal["current", "old"] = "current"
+    shared_noise: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "num_draws"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.rollout_with not in ("current", "old"):
+            raise ValueError(f"rollout_with must be current or old, got {self.rollout_with!r}")
+
+
+@dataclass(frozen=True)
+class ForwardTrajectory:
+    """Clean samples, and the points at which they are trained: N * num_draws decisions.
+
+    A decision is a (sample, draw); each is a row of its own. The decisions of a unit (a sample's
+    draw, or a group's where draws are shared) are neighbours.
+
+    Attributes:
+        batch: the samples.
+        plan: how they were drawn.
+        sigmas: [T+1] of the sampler, on the CPU.
+        x0: [N, ...], clean latents as decoded.
+    """
+
+    batch: PromptBatch
+    plan: ForwardPlan
+    sigmas: Tensor
+    x0: Tensor
+
+    @cached_property
+    def decisions(self) -> Decisions:
+        """A decision per sample and draw; without density, so old_log_prob is 0 throughout."""
+        num = len(self.batch) * self.plan.num_draws
+        return Decisions(
+            row=torch.arange(num),
+            sample=self._order // self.plan.num_draws,
+            old_log_prob=torch.zeros(num),
+            mask=torch.ones(num, dtype=torch.bool),
+            sigma=self._sigma_of_unit[self.unit],
+            sigma_next=torch.full((num,), torch.nan),
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """One per decision."""
+        return len(self.batch) * self.plan.num_draws
+
+    @cached_property
+    def unit(self) -> Tensor:
+        """Int64 [E], ascending; decisions that share one (sigma, noise) share one."""
+        return self._unit_of(self._order)
+
+    def points(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(x0 [K, ...], x1 [K, ...], sigma [K]) of the decisions at int64 `index` [K]."""
+        x0 = self.x0[self.decisions.sample[index].to(self.x0.device)]
+        return at_least_float32(x0), self._noise(self.unit[index]), self._sigma(index)
+
+    @cached_property
+    def _keys(self) -> tuple[Tensor, Tensor]:
+        """(ids that draws belong to [n], the key of every sample [N], an index into them)."""
+        ids = self.batch.group_id if self.plan.shares_draws else self.batch.sample_id
+        keys, key_of = torch.unique(ids, return_inverse=True)
+        return keys, key_of
+
+    def _unit_of(self, number: Tensor) -> Tensor:
+        """The unit of the (sample, draw) pairs with number sample * num_draws + draw."""
+        count = self.plan.num_draws
+        return self._keys[1][number // count] * count + number % count
+
+    @cached_property
+    def _order(self) -> Tensor:
+        """The (sample, draw) pairs by unit, so that a unit's decisions are neighbours."""
+        numbers = torch.arange(self.num_rows)
+        return torch.argsort(self._unit_of(numbers), stable=True)
+
+    @cached_property
+    def _sigma_of_unit(self) -> Tensor:
+        """[n * num_draws], on the CPU."""
+        plan, (keys, _) = self.plan, self._keys
+        stream = 1 + plan.num_draws  # the noises are streams 1 to num_draws, x_T is 0
+        numbers = sample_uniform(self.batch.seed, keys, (plan.num_draws,), stream=stream)
+        if plan.is_stratified:
+            numbers = stratified(numbers)
+        return plan.sigma_draw(numbers, self.sigmas).flatten()
+
+    def _sigma(self, index: Tensor) -> Tensor:
+        return self.decisions.sigma[index].to(self.x0.device)
+
+    def _noise(self, unit: Tensor) -> Tensor:
+        """The noise of every unit [K, ...]; a unit's is drawn once."""
+        units, place = torch.unique(unit, return_inverse=True)
+        ids, draw = self._keys[0][units // self.plan.num_draws], units % self.plan.num_draws
+        shape = self.x0.shape[1:]
+        noise = torch.empty(len(units), *shape)
+        for each in draw.unique().tolist():
+            mine = draw == each
+            noise[mine] = sample_noise(self.batch.seed, ids[mine], shape, stream=1 + each)
+        dtype = torch.promote_types(self.x0.dtype, torch.float32)
+        return noise.to(device=self.x0.device, dtype=dtype)[place.to(self.x0.device)]
+
+
+def evaluate(trajectory: ForwardTrajectory, index: Tensor, velocity: Velocity) -> Matching:
+    """The velocity at the decisions `index` int64 [K], and the points at which it was asked for.
+
+    Args:
+        trajectory: what the rollout stored.
+        index: into `trajectory.decisions`.
+        velocity: of the parameter set in use, guided as in the rollout.
+    """
+    x0, x1, sigma = trajectory.points(index)
+    x_t = interpolate(x0, x1, sigma)
+    found = velocity(x_t, sigma, trajectory.decisions.sample[index])
+    unit = trajectory.unit[index].to(x0.device)
+    return Matching(at_least_float32(found), x0, x1, sigma, unit)
+
+
+class LatentSampler(Protocol):
+    """What the forward policy asks of a flow policy: to solve, to look, and the rest of a Policy.
+
+    `solve` draws by the deterministic sampler with the weights in use, and returns the decoded
+    rollout, the clean latents [N, ...] in the storage dtype and the sampler's sigmas [T+1];
+    `velocity` is guided and goes through the network that is trained.
+    """
+
+    weights: Weights
+
+    def solve(
+        self, batch: PromptBatch, *, num_steps: int, shared_noise: bool
+    ) -> tuple[Rollout, Tensor, Tensor]: ...
+    def velocity(
+        self, batch: PromptBatch, x_t: Tensor, sigma: Tensor, sample: Tensor
+    ) -> Tensor: ...
+    def sample(self, batch: PromptBatch, *, num_steps: int, guidance_scale: float) -> Rollout: ...
+    def precompute(self, prompts: Sequence[str], folder: Path | None) -> None: ...
+    def save(self, folder: Path) -> None: ...
+
+
+class ForwardPolicy:
+    """A flow policy that is trained on its clean samples; `evaluate` returns a `Matching`."""
+
+    def __init__(self, sampler: LatentSampler) -> None:
+        self.sampler = sampler
+        self.weights = sampler.weights
+        self.sample = sampler.sample
+        self.precompute = sampler.precompute
+        self.save = sampler.save
+
+    @torch.no_grad()
+    def rollout(self, batch: PromptBatch, plan: ForwardPlan) -> tuple[Rollout, ForwardTrajectory]:
+        """Draws one image per sample with the plan's parameter set, and keeps its clean latent."""
+        with self.weights.use(plan.rollout_with):
+            rollout, x0, sigmas = self.sampler.solve(
+                batch, num_steps=plan.num_steps, shared_noise=plan.shared_noise
+            )
+        return rollout, ForwardTrajectory(batch, plan, sigmas, x0)
+
+    def evaluate(self, trajectory: ForwardTrajectory, index: Tensor) -> Matching:
+        """The points of the decisions at `index` and the velocity there, of the weights in use."""
+
+        def velocity(x_t: Tensor, sigma: Tensor, sample: Tensor) -> Tensor:
+            return self.sampler.velocity(trajectory.batch, x_t, sigma, sample)
+
+        return evaluate(trajectory, index, velocity)
