@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 from flowrl import __version__
 from flowrl.errors import FlowrlError
 
+EXIT_FAILED = 1
 EXIT_REFUSED = 2
 EXIT_INTERRUPTED = 130
 
@@ -255,6 +256,31 @@ def _report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's fol
     from flowrl.commands import report
 
     report.run(run=run)
+
+
+@app.command("compare")
+def _compare(
+    comparison: Annotated[
+        Path, typer.Argument(metavar="COMPARE", help="The comparison's YAML file.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for runs and page; runs/NAME of the file if not given."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side; they share the cores.")] = 1,
+    seeds: Annotated[
+        str | None, typer.Option(help="Seeds instead of the file's, such as 0,1,2.")
+    ] = None,
+    page_only: Annotated[
+        bool, typer.Option("--page-only", help="Run nothing; write the page from what is there.")
+    ] = False,
+) -> None:
+    """Run the configs that COMPARE lists over seeds on equal budgets, and write one page."""
+    from flowrl.commands import compare
+
+    failed = compare.run(file=comparison, out=out, jobs=jobs, seeds=seeds, page_only=page_only)
+    if failed:
+        raise typer.Exit(EXIT_FAILED)
 
 
 @app.command("env")

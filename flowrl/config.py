@@ -50,6 +50,12 @@ class RunConfig(Record):
         gt=0,
         description="stop, save, evaluate and report after this much training, minutes",
     )
+    max_evaluations: int | None = Field(
+        default=None,
+        ge=1,
+        description="stop, save, evaluate and report after so many network evaluations, those of "
+        "rollout and training together; guidance counts as two",
+    )
 
     @field_validator("name")
     @classmethod

@@ -162,7 +162,12 @@ def escape(data: Any) -> Any:
 
 
 def validate(
-    model: type[Model], data: dict[str, Any], *, where: str, sources: Mapping[Key, str]
+    model: type[Model],
+    data: dict[str, Any],
+    *,
+    where: str,
+    sources: Mapping[Key, str],
+    has_overrides: bool = True,
 ) -> Model:
     """The record that plain data describes.
 
@@ -172,6 +177,7 @@ def validate(
         where: names the file in errors.
         sources: words for keys that came from elsewhere (a base file, an override); the longest
             prefix of a key counts.
+        has_overrides: a missing key may also be given by an override.
 
     Raises:
         ConfigError: one for all problems, a line each.
@@ -183,7 +189,7 @@ def validate(
     # A list whose entries fail is also reported as too short; the entries say it better.
     inner = {problem["loc"][:length] for problem in found for length in range(len(problem["loc"]))}
     problems = [
-        _explain(model, problem, where, sources)
+        _explain(model, problem, where, sources, has_overrides)
         for problem in found
         if problem["loc"] not in inner or not problem["loc"]
     ]
@@ -198,7 +204,13 @@ def _source(parts: Key, where: str, sources: Mapping[Key, str]) -> str:
     return next((words for key, words in sources.items() if key[: len(parts)] == parts), where)
 
 
-def _explain(model: type[BaseModel], problem: Any, where: str, sources: Mapping[Key, str]) -> str:
+def _explain(
+    model: type[BaseModel],
+    problem: Any,
+    where: str,
+    sources: Mapping[Key, str],
+    has_overrides: bool,
+) -> str:
     """One of pydantic's findings as a sentence: place, key, expected, arrived, remedy."""
     parts = tuple(str(part) for part in problem["loc"])
     source = _source(parts, where, sources)
@@ -216,7 +228,8 @@ def _explain(model: type[BaseModel], problem: Any, where: str, sources: Mapping[
     if kind == "missing" and parts == known:
         return (
             f"{source}: {key} is missing ({field.description}); "
-            f"add '{known[-1]}: <{expected}>' to {_title(parts)}, or the override {key}=..."
+            f"add '{known[-1]}: <{expected}>' to {_title(parts)}"
+            + (f", or the override {key}=..." if has_overrides else "")
         )
     remedy = f"it is the {field.description}"
     if kind == "missing":  # an entry of a list of fixed length

@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "flowrl.policies": ("flowrl.functional", "flowrl.methods.spec", "flowrl.data.noise", *RECORDS),
     "flowrl.data": (*RECORDS, *CONFIG),
     "flowrl.train": ("flowrl.methods", "flowrl.data", "flowrl.__version__", *RECORDS, *CONFIG),
+    "flowrl.compare": ("flowrl.train", "flowrl.__version__", *RECORDS, *CONFIG),
     "flowrl.toys": ("flowrl.functional", *RECORDS),
     # What a reward returns is checked by the trainer's own gate.
     "flowrl.testing": ("flowrl.functional", "flowrl.train.scoring", *RECORDS),
@@ -115,6 +116,8 @@ def test_imports_go_one_way() -> None:
         ("flowrl/train/a.py", "def f():\n    from flowrl.policies.flow import FlowPolicy"),
         ("flowrl/train/a.py", "from flowrl.functional.sde import ode"),
         ("flowrl/train/a.py", "from rewards import load"),
+        ("flowrl/train/a.py", "from flowrl.compare import spec"),
+        ("flowrl/compare/a.py", "from flowrl.commands import env"),
         ("flowrl/commands/a.py", "import pipelines"),
         ("flowrl/__init__.py", "from flowrl.config import Config"),
         ("flowrl/unplaced.py", ""),
@@ -172,7 +175,7 @@ def run_python(*arguments: str) -> str:
     "code",
     [
         "import flowrl",
-        "import flowrl.errors, flowrl.config",
+        "import flowrl.errors, flowrl.config, flowrl.compare.spec",
         "from flowrl.__main__ import main\n"
         "sys.argv = ['flowrl', '--help']\n"
         "try:\n    main()\nexcept SystemExit as done:\n    assert not done.code",
@@ -194,4 +197,5 @@ def test_help_answers_within_half_a_second_of_cpu_time() -> None:
     before = cpu_seconds()
     text = run_python("-m", "flowrl", "--help")
     assert cpu_seconds() - before < MAX_HELP_CPU_S
-    assert all(name in text for name in ("train", "check", "eval", "sample", "report", "env"))
+    names = ("train", "check", "eval", "sample", "report", "compare", "env")
+    assert all(name in text for name in names)

@@ -41,7 +41,7 @@ def describe_environment() -> Iterator[tuple[str, str]]:
     yield "commit", _commit()
     yield "python", f"{platform.python_version()} ({platform.python_implementation()})"
     yield "platform", platform.platform()
-    yield "cpu cores", f"{_usable_cores()} usable of {os.cpu_count()}"
+    yield "cpu cores", f"{usable_cores()} usable of {os.cpu_count()}"
     yield from _torch()
     for name in PACKAGES:
         yield name, _version(name)
@@ -56,7 +56,8 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _usable_cores() -> int | None:
+def usable_cores() -> int | None:
+    """CPU cores that this process may use; None where the system does not say."""
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count()

@@ -41,6 +41,7 @@ _UNFINISHED = ".step_*.tmp"
 # What a resumed run may change: where, how long and how fast it runs, and what is observed.
 _FREE = (
     "run.name", "run.output_dir", "run.steps", "run.resume", "run.max_minutes",
+    "run.max_evaluations",
     "checkpoint", "track", "eval",
     "compute.micro_batch_size", "compute.rollout_batch_size", "compute.decode_batch_size",
     "compute.threads", "compute.ratio_tolerance", "model.gradient_checkpointing",
@@ -260,7 +261,7 @@ def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     if new.get("optim", {}).get("schedule", "constant") != "constant":
         free.remove("run.steps")
     lines = []
-    for key, before, after in _differences(old, new, ""):
+    for key, before, after in differences(old, new, ""):
         parts = key.split(".")
         if not any(".".join(parts[:length]) in free for length in range(1, len(parts) + 1)):
             lines.append(f"  {key}: {before} in the checkpoint, {after} now")
@@ -272,13 +273,13 @@ def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         )
 
 
-def _differences(old: Any, new: Any, key: str) -> Iterator[tuple[str, str, str]]:
+def differences(old: Any, new: Any, key: str) -> Iterator[tuple[str, str, str]]:
     """(dotted key, old value, new value) of every leaf in which two plain values differ."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for name in dict.fromkeys([*old, *new]):
             below = f"{key}.{name}" if key else str(name)
             if name in old and name in new:
-                yield from _differences(old[name], new[name], below)
+                yield from differences(old[name], new[name], below)
             else:
                 before, after = (
                     _show(side[name]) if name in side else "not set" for side in (old, new)
@@ -286,7 +287,7 @@ def _differences(old: Any, new: Any, key: str) -> Iterator[tuple[str, str, str]]
                 yield below, before, after
     elif isinstance(old, list | tuple) and isinstance(new, list | tuple) and len(old) == len(new):
         for index, (before, after) in enumerate(zip(old, new, strict=True)):
-            yield from _differences(before, after, f"{key}.{index}")
+            yield from differences(before, after, f"{key}.{index}")
     elif old != new:
         yield key, _show(old), _show(new)
 

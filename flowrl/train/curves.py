@@ -49,7 +49,7 @@ def heldout(files: RunFiles) -> Panel:
     series.append(Series("score", score, 1))
     values = [y for each in series for _, y in each.points if math.isfinite(y)]
     is_share = bool(values) and min(values) >= 0 and max(values) <= 1
-    panel = _panel("Held-out score", "", series, wide=True, limits=(0, 1) if is_share else None)
+    panel = make_panel("Held-out score", "", series, wide=True, limits=(0, 1) if is_share else None)
     panel["legend"] = [*panel["legend"][-1:], *panel["legend"][:-1]]
     return panel
 
@@ -61,7 +61,7 @@ def training(files: RunFiles) -> list[Panel]:
     panels = [_reward(files), *_rewards(files)]
     columns = files.column
     panels.append(
-        _panel(
+        make_panel(
             "Deviation of the ratio",
             "Largest |ratio − 1| of a step's decisions, logarithmic. It is 0 on the first pass and "
             "grows with every update on the same samples.",
@@ -70,7 +70,7 @@ def training(files: RunFiles) -> list[Panel]:
         )
     )
     panels.append(
-        _panel(
+        make_panel(
             "Clipped decisions",
             "Share of decisions beyond the upper and the lower bound of the ratio.",
             [
@@ -81,7 +81,7 @@ def training(files: RunFiles) -> list[Panel]:
         )
     )
     panels.append(
-        _panel(
+        make_panel(
             "Divergence",
             "KL per decision: from the policy that drew the samples (half the mean squared "
             "log-ratio), and from the reference where the method asks for it.",
@@ -92,7 +92,7 @@ def training(files: RunFiles) -> list[Panel]:
         )
     )
     panels.append(
-        _panel(
+        make_panel(
             "Gradient norm",
             "Before clipping"
             + (
@@ -105,7 +105,7 @@ def training(files: RunFiles) -> list[Panel]:
         )
     )
     panels.append(
-        _panel(
+        make_panel(
             "Samples that teach nothing",
             "Share of groups whose rewards are all equal, and of samples whose reward failed.",
             [
@@ -125,8 +125,8 @@ def _reward(files: RunFiles) -> Panel:
     window = _window(len(points))
     note = "Mean over the rollout; the band is ± one standard deviation over its samples."
     if window == 1:
-        return _panel("Training reward", note, [Series("", points, 1, band)])
-    return _panel(
+        return make_panel("Training reward", note, [Series("", points, 1, band)])
+    return make_panel(
         "Training reward",
         note,
         [
@@ -147,7 +147,8 @@ def _rewards(files: RunFiles) -> list[Panel]:
         Series(key.split("/")[1], files.column(key), 1 + index % NUM_COLORS)
         for index, key in enumerate(keys)
     ]
-    return [_panel("Rewards", "Mean of each reward over the rollout, before weighting.", series)]
+    note = "Mean of each reward over the rollout, before weighting."
+    return [make_panel("Rewards", note, series)]
 
 
 def _moving(files: RunFiles) -> list[Panel]:
@@ -160,7 +161,7 @@ def _moving(files: RunFiles) -> list[Panel]:
         points = files.column(key)
         if len({y for _, y in points}) > 1:
             panels.append(
-                _panel(title, note, [Series("", points, 6, is_stepped=True)], limits=(0, None))
+                make_panel(title, note, [Series("", points, 6, is_stepped=True)], limits=(0, None))
             )
     return panels
 
@@ -175,7 +176,7 @@ def cost(files: RunFiles) -> list[Panel]:
         "svg": stack_svg(layers, label="Time per phase over training steps") if layers else "",
         "missing": "" if layers else "No step has logged its phases.",
     }
-    rows = _panel(
+    rows = make_panel(
         "Network evaluations per image",
         "A guided evaluation counts as two. States that samples share are evaluated once.",
         [
@@ -237,7 +238,7 @@ def _window(num: int) -> int:
     return max(3, num // _SMOOTH_SHARE) if num >= _SMOOTH_FROM else 1
 
 
-def _panel(
+def make_panel(
     title: str,
     note: str,
     series: list[Series],
@@ -245,7 +246,9 @@ def _panel(
     wide: bool = False,
     limits: tuple[float | None, float | None] | None = None,
     log: bool = False,
+    x_label: str = "training step",
 ) -> Panel:
+    """A figure of the page: curves without a value are left out; options are `line_svg`'s."""
     shown = [each for each in series if any(_is_drawn(y, log) for _, y in each.points)]
     panel: Panel = {"title": title, "note": note, "legend": [], "svg": "", "missing": ""}
     if not shown:
@@ -255,10 +258,11 @@ def _panel(
     panel["legend"] = [(each.label, each.color, each.is_strong) for each in shown if each.label]
     panel["svg"] = line_svg(
         shown,
-        label=f"{title} over training steps",
+        label=f"{title} over {x_label}s" if x_label.endswith("step") else f"{title}, {x_label}",
         wide=wide,
         limits=limits or (None, None),
         log=log,
+        x_label=x_label,
     )
     return panel
 

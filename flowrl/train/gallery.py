@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import base64
 import io
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -18,35 +19,51 @@ MAX_PIXELS = 320
 _SHOWN_PIXELS = 128
 
 
+class View(NamedTuple):
+    """An evaluation whose samples are shown, the run that made it, and what it is called."""
+
+    label: str
+    files: RunFiles
+    evaluation: JSON
+
+
 def samples(files: RunFiles) -> JSON:
-    """What the template needs to show the samples of the first and the last evaluation.
+    """What the template needs to show the samples of the first and the last evaluation."""
+    evals = files.evals[:1] if len(files.evals) == 1 else [*files.evals[:1], *files.evals[-1:]]
+    return side_by_side([View(_label(each), files, each) for each in evals])
+
+
+def side_by_side(views: Sequence[View]) -> JSON:
+    """What the template needs to show the same prompts and noise in several evaluations.
 
     Args:
-        files: of the run.
+        views: the evaluations, of one run or of several.
 
     Returns:
         `pairs`, each with prompt, tag and a cell per evaluation (source, value, width); `missing`
         says why there are none or fewer.
     """
     empty: JSON = {"pairs": [], "labels": [], "reward": "", "passed": [], "width": _SHOWN_PIXELS}
-    if not files.evals:
+    if not views:
         return empty | {"missing": "There are no samples, because there is no evaluation."}
-    evals = files.evals[:1] if len(files.evals) == 1 else [files.evals[0], files.evals[-1]]
-    reward = next(iter(evals[0].get("rewards") or {}), "")
-    rows = [_by_identity(each.get("samples") or []) for each in evals]
+    reward = next(iter(views[0].evaluation.get("rewards") or {}), "")
+    rows = [_by_identity(view.evaluation.get("samples") or []) for view in views]
     pairs = []
     lost = 0
     for identity, sample in rows[0].items():
         if not all(identity in each for each in rows):
             continue
-        cells = [_cell(files, each[identity], reward) for each in rows]
+        cells = [
+            _cell(view.files, each[identity], reward)
+            for view, each in zip(views, rows, strict=True)
+        ]
         lost += sum(cell is None for cell in cells)
         if None not in cells:
             pairs.append({"prompt": identity[0], "tag": sample.get("tag") or "", "cells": cells})
     shown = pairs[:MAX_PAIRS]
     return {
         "pairs": shown,
-        "labels": [_label(each) for each in evals],
+        "labels": [view.label for view in views],
         "reward": reward,
         "passed": _passed(shown),
         "width": _width(shown),
@@ -60,7 +77,7 @@ def _missing(rows: list[dict[Any, JSON]], lost: int, *, is_empty: bool) -> str:
     if not is_empty:
         return ""
     if all(rows):
-        return "The first and the last evaluation kept images of different prompts or seeds."
+        return "The evaluations kept images of different prompts or seeds."
     return "The evaluations kept no images; eval.num_samples_shown is their number."
 
 

@@ -41,7 +41,9 @@ KEYS = {
     "perf/train_s": "wall time of forward, backward and optimiser, seconds",
     "perf/images_per_s": "images sampled, scored and trained on per second, over all processes",
     "perf/nfe_per_image": "network evaluations of the rollout per image; guidance counts as two",
-    "perf/train_rows_per_image": "network evaluations with gradient per image",
+    "perf/train_rows_per_image": "network evaluations with gradient per image; guidance counts as "
+    "two",
+    "perf/network_evals": "network evaluations of rollout and training since the run's beginning",
     "perf/max_memory_gb": "peak memory so far: of the accelerator, or of the process without one",
     "samples/train": "images of the rollout with prompts and rewards",
     "samples/eval": "images of the held-out evaluation, the same prompts and seeds every time",

@@ -118,6 +118,7 @@ class Trainer:
         self.ratio_tolerance = ratio_tolerance
         self.checkpoints = Checkpoints(run / "checkpoints", keep=config.checkpoint.keep)
         self.train_seconds = 0.0
+        self.network_evals = 0
         self._step = 0
         self._last_saved: int | None = None
         self._evaluated: int | None = None
@@ -177,20 +178,26 @@ class Trainer:
                 self._evaluate()
             if settings.checkpoint.every and done % settings.checkpoint.every == 0:
                 self._save()
-            limit = settings.run.max_minutes
             if self._any(interrupt.requested):
                 reason = "interrupted"
                 break
-            if limit is not None and self._any(self.train_seconds > 60 * limit):
+            if self._any(bool(self._limits_reached())):
                 reason = "stopped"
                 break
         self._save()
         if reason != "interrupted":
             self._evaluate()
             self._export()
-        why = {"stopped": f"run.max_minutes={settings.run.max_minutes}", "interrupted": "a signal"}
+        limits = ", ".join(self._limits_reached())
+        why = {"stopped": limits or "another process's limit", "interrupted": "a signal"}
         self._status("finished" if reason == "finished" else "stopped", why.get(reason, ""))
         return reason
+
+    def _limits_reached(self) -> list[str]:
+        """Which of the run's limits have been reached here, as `key=value`."""
+        limits = (("max_minutes", self.train_seconds / 60), ("max_evaluations", self.network_evals))
+        given = ((name, getattr(self.config.run, name), spent) for name, spent in limits)
+        return [f"run.{n}={limit}" for n, limit, x in given if limit is not None and x >= limit]
 
     # ------------------------------------------------------------------------------- a step
 
@@ -221,6 +228,9 @@ class Trainer:
         }
         num_samples = self.sampler.num_groups * self.sampler.group_size
         metrics["perf/images_per_s"] = num_samples / step_s
+        per_image = metrics["perf/nfe_per_image"] + metrics["perf/train_rows_per_image"]
+        self.network_evals += round(num_samples * per_image)
+        metrics["perf/network_evals"] = float(self.network_evals)
         self.progress.update(self._step, metrics)
         track = self.config.track
         if self._step % track.log_every == 0:
@@ -249,6 +259,7 @@ class Trainer:
             self.accelerator, [float(rollout.network_evals), float(result.num_rows)]
         )
         num_samples = self.sampler.num_groups * self.sampler.group_size
+        rows *= 1 if self.config.model.guidance_scale == 1 else 2  # as the rollout counts them
         counts = {
             "train/num_decisions": float(result.num_decisions),
             "train/lr": float(self.learner.optimizer.param_groups[0]["lr"]),
@@ -304,6 +315,7 @@ class Trainer:
             "step": self._step,
             "num_updates": self.learner.num_updates,
             "train_seconds": self.train_seconds,
+            "network_evals": self.network_evals,
             "evaluated": self._evaluated,
             "config": to_dict(self.config),
         }
@@ -319,6 +331,7 @@ class Trainer:
         self._step = self._last_saved = extra["step"]
         self.learner.num_updates = extra["num_updates"]
         self.train_seconds = extra["train_seconds"]
+        self.network_evals = extra.get("network_evals", 0)  # older checkpoints did not count
         self._evaluated = extra["evaluated"]
         return self._step
 

@@ -1,7 +1,8 @@
 """Curves of a run as SVG that lives in a page: its text, and its colours in light and in dark.
 
 matplotlib draws with marker colours, which become the page's CSS variables (`--ink`, `--muted`,
-`--grid`, `--s1` ... `--s8`), and leaves text as text. Nothing here knows what a metric means.
+`--grid`, `--s1` ... `--s8`), and leaves text as text. `lines_png` draws the same curves in the
+page's light colours, for a text that cannot hold SVG. Nothing here knows what a metric means.
 """
 
 from __future__ import annotations
@@ -13,21 +14,29 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 NUM_COLORS = 8
-_INK, _MUTED, _GRID = "#0a0b0c", "#0d0e0f", "#1a1b1c"
+_LARGE = 10_000
 _MAX_MARKERS = 30
 _MAX_BARS = 40
 _TICKS = [1, 2, 2.5, 5, 10]
 
 Point = tuple[float, float]
+Colors = dict[str, str]
+
+# What stands in an SVG until the page's CSS variables take its place, by their names.
+_MARKERS: Colors = {"ink": "#0a0b0c", "muted": "#0d0e0f", "grid": "#1a1b1c"} | {
+    f"s{index}": f"#a0b0{0xC0 + index:02x}" for index in range(1, NUM_COLORS + 1)
+}
 
 
 @dataclass(frozen=True)
@@ -58,8 +67,9 @@ def line_svg(
     wide: bool = False,
     limits: tuple[float | None, float | None] = (None, None),
     log: bool = False,
+    x_label: str = "training step",
 ) -> str:
-    """Curves over the training step.
+    """Curves over the training step, or over another quantity.
 
     Args:
         series: at least one point between them.
@@ -67,21 +77,55 @@ def line_svg(
         wide: the whole width of the page instead of half of it.
         limits: of the y axis; None = as the data has it.
         log: logarithmic y axis; what is not positive is left out.
+        x_label: what the x axis shows.
 
     Returns:
         An `<svg>` element.
     """
     with _figure(wide) as (figure, axes):
-        for each in series:
-            _draw(axes, each, log)
-        if log:
-            axes.set_yscale("log")
-        axes.set_ylim(*limits)
-        steps = {x for each in series for x, _ in each.points}
-        if len(steps) == 1:
-            axes.set_xlim(min(steps) - 1, max(steps) + 1)
-        _style(axes, log)
+        _draw_all(axes, series, limits, log, x_label, _MARKERS)
         return _to_svg(figure, label)
+
+
+def lines_png(
+    plots: Sequence[tuple[str, str, Sequence[Series]]], path: Path, *, colors: Colors
+) -> None:
+    """Plots side by side as a PNG file, with a legend in the first one.
+
+    Args:
+        plots: title, what the x axis shows, and the curves of each.
+        path: the file.
+        colors: by the names of the page's variables; `report.light_colors` has them.
+    """
+    with matplotlib.rc_context(_style_sheet(colors)):
+        figure = Figure(figsize=(5.6 * len(plots), 3.6), dpi=160, layout="constrained")
+        FigureCanvasAgg(figure)
+        for axes, (title, x_label, series) in zip(
+            figure.subplots(1, len(plots), squeeze=False)[0], plots, strict=True
+        ):
+            _draw_all(axes, series, (None, None), False, x_label, colors)
+            axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+        figure.axes[0].legend(frameon=False, loc="best")
+        figure.savefig(path, format="png")
+
+
+def _draw_all(
+    axes: Axes,
+    series: Sequence[Series],
+    limits: tuple[float | None, float | None],
+    log: bool,
+    x_label: str,
+    colors: Colors,
+) -> None:
+    for each in series:
+        _draw(axes, each, log, colors)
+    if log:
+        axes.set_yscale("log")
+    axes.set_ylim(*limits)
+    xs = {x for each in series for x, _ in each.points}
+    if len(xs) == 1:
+        axes.set_xlim(min(xs) - 1, max(xs) + 1)
+    _style(axes, log, x_label=x_label, is_integer=all(x == int(x) for x in xs))
 
 
 def stack_svg(layers: Sequence[Series], *, label: str, wide: bool = False) -> str:
@@ -93,9 +137,9 @@ def stack_svg(layers: Sequence[Series], *, label: str, wide: bool = False) -> st
             heights = [0.0 if math.isnan(y) else y for _, y in layer.points]
             top = [low + height for low, height in zip(base, heights, strict=True)]
             if len(x) <= _MAX_BARS:
-                axes.bar(x, heights, bottom=base, width=0.7, color=_color(layer.color))
+                axes.bar(x, heights, bottom=base, width=0.7, color=_MARKERS[f"s{layer.color}"])
             else:
-                axes.fill_between(x, base, top, color=_color(layer.color), linewidth=0)
+                axes.fill_between(x, base, top, color=_MARKERS[f"s{layer.color}"], linewidth=0)
             base = top
         axes.set_ylim(0, None)
         if len(x) == 1:
@@ -113,22 +157,25 @@ def smoothed(points: Sequence[Point], window: int) -> list[Point]:
     return means
 
 
-@contextmanager
-def _figure(wide: bool) -> Iterator[tuple[Figure, Axes]]:
-    style: dict[Any, Any] = {  # matplotlib's own type is a list of all its keys
+def _style_sheet(colors: Colors) -> dict[Any, Any]:
+    return {  # matplotlib's own type is a list of all its keys
         "svg.fonttype": "none",
         "svg.hashsalt": "flowrl",
         "font.size": 8.5,
         "axes.unicode_minus": True,
-        "text.color": _INK,
-        "axes.edgecolor": _GRID,
-        "axes.labelcolor": _MUTED,
-        "xtick.color": _MUTED,
-        "ytick.color": _MUTED,
-        "grid.color": _GRID,
+        "text.color": colors["ink"],
+        "axes.edgecolor": colors["grid"],
+        "axes.labelcolor": colors["muted"],
+        "xtick.color": colors["muted"],
+        "ytick.color": colors["muted"],
+        "grid.color": colors["grid"],
         "grid.linewidth": 0.6,
     }
-    with matplotlib.rc_context(style):
+
+
+@contextmanager
+def _figure(wide: bool) -> Iterator[tuple[Figure, Axes]]:
+    with matplotlib.rc_context(_style_sheet(_MARKERS)):
         width, height = (10.9, 3.3) if wide else (5.25, 2.3)
         figure = Figure(figsize=(width, height))
         FigureCanvasSVG(figure)
@@ -142,15 +189,16 @@ def _figure(wide: bool) -> Iterator[tuple[Figure, Axes]]:
         yield figure, axes
 
 
-def _draw(axes: Axes, series: Series, log: bool) -> None:
+def _draw(axes: Axes, series: Series, log: bool, colors: Colors) -> None:
     x = [point[0] for point in series.points]
     y = [math.nan if log and not point[1] > 0 else point[1] for point in series.points]
-    color = _color(series.color)
+    color = colors[f"s{series.color}"]
     finite = sum(not math.isnan(each) for each in y)
     marker = "o" if series.is_strong and finite <= _MAX_MARKERS else None
     axes.plot(
         x,
         y,
+        label=series.label or "_",  # the underscore keeps it out of a legend
         color=color,
         linewidth=1.9 if series.is_strong else 1.0,
         alpha=1.0 if series.is_strong else 0.6,
@@ -167,21 +215,21 @@ def _draw(axes: Axes, series: Series, log: bool) -> None:
         axes.fill_between(x, low, high, color=color, alpha=0.14, linewidth=0)
 
 
-def _style(axes: Axes, log: bool = False) -> None:
+def _style(
+    axes: Axes, log: bool = False, *, x_label: str = "training step", is_integer: bool = True
+) -> None:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.grid(axis="y")
     axes.set_axisbelow(True)
     axes.tick_params(which="both", length=0, pad=5)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=_TICKS))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=is_integer, nbins=8, steps=_TICKS))
+    if axes.get_xlim()[1] >= _LARGE:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if not log:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=_TICKS))
-    axes.set_xlabel("training step", fontsize=8)
+    axes.set_xlabel(x_label, fontsize=8)
     axes.margins(x=0.015)
-
-
-def _color(index: int) -> str:
-    return f"#a0b0{0xC0 + index:02x}"
 
 
 def _to_svg(figure: Figure, label: str) -> str:
@@ -191,10 +239,8 @@ def _to_svg(figure: Figure, label: str) -> str:
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
-    variables = {_INK: "var(--ink)", _MUTED: "var(--muted)", _GRID: "var(--grid)"}
-    variables |= {_color(index): f"var(--s{index})" for index in range(1, NUM_COLORS + 1)}
-    for color, variable in variables.items():
-        svg = svg.replace(color, variable)
+    for variable, color in _MARKERS.items():
+        svg = svg.replace(color, f"var(--{variable})")
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
     svg = re.sub(r"<style.*?</style>\s*", "", svg, flags=re.DOTALL)  # it would style the whole page
     # Several pictures share a page, and with it one space of ids.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import statistics
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,6 +24,7 @@ from flowrl.train.keys import KEYS, match_key
 from flowrl.train.runfiles import JSON, RunFiles, read_run
 
 REPORT = "report.html"
+_FOLDER = Path(__file__).parent
 
 
 def make_report(run: Path) -> Path:
@@ -39,17 +41,9 @@ def make_report(run: Path) -> Path:
     """
     run = Path(run)
     files = read_run(run)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = number
-    environment.filters["plain"] = lambda value: json.dumps(value, ensure_ascii=False)
-    environment.filters["signed"] = lambda value: number(value, signed=True)
-    page = environment.get_template("report.html.j2").render(
+    return render(
+        _FOLDER / "report.html.j2",
+        run / REPORT,
         header=header(files),
         result=result(files),
         samples=gallery.samples(files),
@@ -62,13 +56,42 @@ def make_report(run: Path) -> Path:
         env=files.env,
         metrics=all_metrics(files),
         problems=files.problems,
-        version=__version__,
     )
-    path = run / REPORT
-    partial = path.with_name(f".{REPORT}.tmp")
+
+
+def render(template: Path, path: Path, **values: Any) -> Path:
+    """Write a page that looks like a run's: a template laid over `page.html.j2`, with its parts.
+
+    Args:
+        template: the file; the report's own templates are found beside it.
+        path: the page, replaced in one move.
+        values: what the template needs.
+
+    Returns:
+        The page.
+    """
+    environment = Environment(
+        loader=FileSystemLoader([template.parent, _FOLDER]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    environment.filters["plain"] = lambda value: json.dumps(value, ensure_ascii=False)
+    environment.filters["signed"] = lambda value: number(value, signed=True)
+    page = environment.get_template(template.name).render(version=__version__, **values)
+    partial = path.with_name(f".{path.name}.tmp")
     partial.write_text(page, encoding="utf-8")
     os.replace(partial, path)
     return path
+
+
+def light_colors() -> dict[str, str]:
+    """The page's colours on a light ground by the names of their variables, e.g. "s1"."""
+    css = (_FOLDER / "report.css").read_text(encoding="utf-8")
+    light = css[: css.index("@media")]
+    return dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", light))
 
 
 # --------------------------------------------------------------------------- sections

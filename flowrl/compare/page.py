@@ -1,0 +1,329 @@
+"""What is written about a comparison: compare.html, compare.png, compare.json and compare.md.
+
+Every number was read from the runs' folders by `collect`. Reading order: `make_page`, then a
+function per part of the page, whose words are in `compare.html.j2`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from flowrl.compare.collect import AXES, Axis, Curve, Quantity, Results, Stat, collect, mean_curve
+from flowrl.compare.run import LOG
+from flowrl.compare.spec import Comparison
+from flowrl.errors import ConfigError
+from flowrl.train import gallery
+from flowrl.train.curves import Panel, make_panel
+from flowrl.train.plots import NUM_COLORS, Series, lines_png
+from flowrl.train.report import light_colors, number, render
+from flowrl.train.runfiles import JSON, write_json
+
+NAME = "compare"
+_GROUPS = {
+    "score": "Held-out score",
+    "eval": "Other held-out metrics, at the end",
+    "skill": "Score per skill, at the end",
+    "training": "Training",
+    "cost": "Cost",
+}
+_MINUTES_FROM = 120.0
+
+
+def make_page(comparison: Comparison, *, command: str) -> list[Path]:
+    """Writes the page and its companions from whatever runs there are.
+
+    Args:
+        comparison: what was run.
+        command: that repeats it.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ConfigError: no run has anything to show.
+    """
+    results = collect(comparison)
+    if not results.curves:
+        raise ConfigError(
+            f"{comparison.folder} holds no run of {comparison.file} with an evaluation before and "
+            f"one after training; run {command}"
+        )
+    folder = comparison.folder
+    html, png, data, markdown = (folder / f"{NAME}.{end}" for end in ("html", "png", "json", "md"))
+    lines_png(
+        [(panel["title"], label, series) for panel, label, series in _plots(results)],
+        png,
+        colors=light_colors(),
+    )
+    write_json(data, as_json(comparison, results, command))
+    _write(markdown, to_markdown(comparison, results))
+    render(
+        Path(__file__).parent / "compare.html.j2",
+        html,
+        config=comparison.config,
+        folder=folder,
+        date=datetime.now(timezone.utc).strftime("%d %B %Y, %H:%M UTC"),
+        facts=facts(comparison, results),
+        lacking=results.lacking,
+        warnings=warnings(results),
+        entries=entries(comparison, results),
+        tables=[
+            {"group": group, "title": title, "rows": _rows(results, group)}
+            for group, title in _GROUPS.items()
+            if any(quantity.group == group for quantity in results.quantities)
+        ],
+        seeds=seeds_note(results),
+        panels=[panel for panel, _, _ in _plots(results)],
+        samples=samples(results),
+        runs=[_run_row(curve) for curves in results.curves.values() for curve in curves],
+        command=command,
+    )
+    return [html, png, data, markdown]
+
+
+# --------------------------------------------------------------------------- parts of the page
+
+
+def facts(comparison: Comparison, results: Results) -> list[tuple[str, str]]:
+    """What all runs share, as (name, value)."""
+    budget = comparison.config.budget
+    one = next(iter(results.curves.values()))[0]
+    unit = {"minutes": "min of training", "steps": "steps", "evaluations": "network evaluations"}
+    rewards = [each["name"] for each in one.files.option("rewards", [])]
+    return [
+        ("budget of a run", f"{number(budget.amount)} {unit[budget.kind]}"),
+        ("seeds", ", ".join(str(seed) for seed in comparison.config.seeds)),
+        ("baseline", comparison.baseline),
+        ("model", str(one.files.option("model.id"))),
+        ("reward", " + ".join(rewards)),
+        ("device", str(one.files.env.get("device", "not known"))),
+    ]
+
+
+def warnings(results: Results) -> list[str]:
+    """What differs between the runs although the numbers ask for it to be equal."""
+    everyone = [curve for curves in results.curves.values() for curve in curves]
+    found = []
+    for what, value in (
+        ("The runs were made on different devices", lambda c: c.files.env.get("device")),
+        ("The runs had different numbers of threads", lambda c: c.files.env.get("OMP_NUM_THREADS")),
+        ("The runs were made by different versions", lambda c: c.files.env.get("commit")),
+        ("The evaluations took different numbers of sampler steps", _evaluated("num_steps")),
+        ("The evaluations used different guidance", _evaluated("guidance_scale")),
+    ):
+        values = {json.dumps(value(curve)).strip('[]"'): curve.plan.title for curve in everyone}
+        if len(values) > 1:
+            listed = "; ".join(f"{each} ({title})" for each, title in values.items())
+            found.append(f"{what}: {listed}.")
+    return found
+
+
+def entries(comparison: Comparison, results: Results) -> list[JSON]:
+    """Per entry: its colour, method and paper, the paper's claim, and the value obtained."""
+    claims = {entry.name: entry.claim for entry in comparison.config.runs}
+    found = []
+    for index, name in enumerate(results.curves):
+        method = results.curves[name][0].files.method
+        found.append(
+            {
+                "name": name,
+                "color": _color(index),
+                "method": method.get("name", ""),
+                "paper": method.get("paper") or "",
+                "claim": claims[name] or "",
+                "obtained": obtained(name, comparison.baseline, results),
+            }
+        )
+    return found
+
+
+def obtained(entry: str, baseline: str, results: Results) -> str:
+    """A sentence with an entry's result, against the baseline where it is another."""
+
+    def value(key: str, name: str = entry, digits: int = 3) -> str:
+        stat = results.stat(key, name)
+        return "–" if stat is None else show(stat, digits)
+
+    num = len(results.curves[entry])
+    steps = fmean(curve.spent["steps"][-1] for curve in results.curves[entry])
+    text = (
+        f"held-out score {value('start')} before and {value('end')} after "
+        f"{steps:.0f} steps ({num} seed{'s' if num > 1 else ''})"
+    )
+    if entry == baseline or baseline not in results.curves:
+        return f"{text}; {value('step_time', digits=2)} s per step."
+    for key, words in (("seconds", "time"), ("steps", "steps"), ("evaluations", "evaluations")):
+        key = f"at_equal_{key}"
+        if results.stat(key, entry) is not None:
+            text += f"; at equal {words} {value(key)} against {value(key, baseline)}"
+    return (
+        f"{text}. A step takes {value('step_time_ratio', digits=2)} times as long as one of "
+        f"{baseline} ({value('step_time', digits=2)} s against "
+        f"{value('step_time', baseline, 2)} s), with "
+        f"{value('evaluations_per_step_ratio', digits=2)} times its network evaluations."
+    )
+
+
+def samples(results: Results) -> JSON:
+    """The same prompts and noise: before training, and after it by every entry."""
+    runs = [curves[0] for curves in results.curves.values() if curves[0].files.evals]
+    views = [gallery.View("before", run.files, run.files.evals[0]) for run in runs[:1]]
+    views += [gallery.View(run.plan.entry, run.files, run.files.evals[-1]) for run in runs]
+    seeds = sorted({run.plan.seed for run in runs})
+    return gallery.side_by_side(views) | {"seeds": ", ".join(map(str, seeds))}
+
+
+def seeds_note(results: Results) -> str:
+    """How many seeds the means are over."""
+    counts = {entry: len(curves) for entry, curves in results.curves.items()}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{num} of {entry}" for entry, num in counts.items())
+        return f"Mean ± standard deviation over seeds: {listed}."
+    num = next(iter(counts.values()))
+    if num == 1:
+        return "One seed each, so nothing is known about the spread between seeds."
+    return f"Mean ± standard deviation over {num} seeds."
+
+
+def _plots(results: Results) -> list[tuple[Panel, str, list[Series]]]:
+    """Score over training time and over network evaluations: panel, label of x, curves."""
+    plots = []
+    for axis, title, label in (
+        ("seconds", "Score over training time", "training time, s"),
+        ("evaluations", "Score over network evaluations", "network evaluations"),
+    ):
+        scale = 1.0
+        if axis == "seconds" and results.common["seconds"] >= _MINUTES_FROM:
+            scale, label = 60.0, "training time, min"
+        series = _series(results, axis, scale)
+        note = "Thick: mean over seeds as far as all go, with one standard deviation; thin: seeds."
+        plots.append((make_panel(title, note, series, x_label=label), label, series))
+    return plots
+
+
+def _series(results: Results, axis: Axis, scale: float) -> list[Series]:
+    found = []
+    for index, (entry, curves) in enumerate(results.curves.items()):
+        if len(curves) > 1:
+            found += [
+                Series("", [(x / scale, y) for x, y in each.points(axis)], _color(index),
+                       is_strong=False)
+                for each in curves
+            ]  # fmt: skip
+        points, spread = mean_curve(curves, axis)
+        scaled = [(x / scale, y) for x, y in points]
+        band = spread if len(curves) > 1 else None
+        found.append(Series(entry, scaled, _color(index), band))
+    return found
+
+
+def _rows(results: Results, group: str) -> list[JSON]:
+    return [
+        {"label": quantity.label, "cells": _cells(quantity, results)}
+        for quantity in results.quantities
+        if quantity.group == group
+    ]
+
+
+def _cells(quantity: Quantity, results: Results) -> list[str]:
+    found = [quantity.stats.get(entry) for entry in results.curves]
+    return ["–" if stat is None else show(stat, quantity.digits) for stat in found]
+
+
+def _run_row(curve: Curve) -> JSON:
+    score = [row.get("eval/score") for row in (curve.evals[0], curve.evals[-1])]
+    return {
+        "title": curve.plan.title,
+        "state": "finished" if curve.is_finished else curve.files.status.get("state", "unknown"),
+        "scores": f"{number(score[0])} → {number(score[1])}",
+        "steps": int(curve.spent["steps"][-1]),
+        "seconds": f"{curve.spent['seconds'][-1]:.1f}",
+        "threads": curve.files.env.get("OMP_NUM_THREADS", ""),
+        "commit": curve.files.env.get("commit", ""),
+        "folder": str(curve.plan.folder),
+        "log": str(curve.plan.folder / LOG),
+    }
+
+
+# --------------------------------------------------------------------------- other files
+
+
+def as_json(comparison: Comparison, results: Results, command: str) -> JSON:
+    """All numbers of the page, and the curves of every run."""
+    return {
+        "name": comparison.config.name,
+        "command": command,
+        "budget": {comparison.config.budget.kind: comparison.config.budget.amount},
+        "seeds": list(comparison.config.seeds),
+        "baseline": comparison.baseline,
+        "common": results.common,
+        "lacking": results.lacking,
+        "warnings": warnings(results),
+        "table": {
+            quantity.key: {
+                "label": quantity.label,
+                "group": quantity.group,
+                "entries": {name: vars(stat) for name, stat in quantity.stats.items()},
+            }
+            for quantity in results.quantities
+        },
+        "runs": [
+            {
+                "entry": curve.plan.entry,
+                "seed": curve.plan.seed,
+                "folder": str(curve.plan.folder),
+                "is_finished": curve.is_finished,
+                "evaluations": [
+                    {axis: curve.spent[axis][index] for axis in AXES}
+                    | {key: value for key, value in row.items() if key.startswith("eval/")}
+                    for index, row in enumerate(curve.evals)
+                ],
+            }
+            for curves in results.curves.values()
+            for curve in curves
+        ],
+    }
+
+
+def to_markdown(comparison: Comparison, results: Results) -> str:
+    """The table as Markdown, with the sentence about each entry."""
+    names = list(results.curves)
+    lines = [
+        f"| {comparison.config.name} | {' | '.join(names)} |",
+        f"|---|{'---:|' * len(names)}",
+    ]
+    for group, title in _GROUPS.items():
+        rows = _rows(results, group)
+        if rows:
+            lines.append(f"| **{title}** |{' |' * len(names)}")
+        lines += [f"| {row['label']} | {' | '.join(row['cells'])} |" for row in rows]
+    lines += ["", seeds_note(results), *results.lacking, *warnings(results), ""]
+    for entry in entries(comparison, results):
+        claim = f" The paper: {entry['claim']}" if entry["claim"] else ""
+        lines.append(f"- **{entry['name']}**.{claim} Obtained: {entry['obtained']}")
+    return "\n".join(lines) + "\n"
+
+
+def show(stat: Stat, digits: int) -> str:
+    """A number with its spread, where there is one."""
+    spread = "" if stat.std is None else f" ± {stat.std:.{digits}f}"
+    return f"{stat.mean:.{digits}f}{spread}"
+
+
+def _evaluated(key: str) -> Any:
+    return lambda curve: [each.get(key) for each in curve.files.evals[-1:]]
+
+
+def _color(index: int) -> int:
+    return 1 + index % NUM_COLORS
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
