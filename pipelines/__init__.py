@@ -40,7 +40,7 @@ EMBEDDED = {
         height=64,
         width=64,
         max_sequence_length=12,
-        num_steps=10,
+        num_steps=20,
         guidance_scale=1.0,
     )
 }
