@@ -89,6 +89,7 @@ def build_parts(config: Config, where: str) -> Parts:
             f"{config.data.group_size} span {accelerator.num_processes} ranks; use a number of "
             "groups per update that the ranks divide"
         )
+    check_groups(method, sampler, where)
     policy = build_policy(config, where, method, accelerator.device)
     return Parts(
         config, accelerator, method, policy, rewards, eval_rewards, train_prompts, eval_prompts,
@@ -184,13 +185,35 @@ def build_method(config: Config, where: str) -> Method:
         raise ConfigError(f"{where}: method.args: {error}") from error
 
 
+def check_groups(method: Method, sampler: GroupSampler, where: str) -> None:
+    """Refuses groups that the method's tree does not fit.
+
+    Raises:
+        ConfigError: another group size than the tree has leaves, or groups that span ranks.
+    """
+    needed = getattr(method.plan(0), "group_size", None)
+    if needed is None:
+        return
+    if sampler.group_size != needed:
+        raise ConfigError(
+            f"{where}: {method.name} grows {needed} samples from a prompt, but data.group_size="
+            f"{sampler.group_size}; set data.group_size={needed}, or change the tree in method.args"
+        )
+    if not sampler.has_whole_groups:
+        raise ConfigError(
+            f"{where}: {method.name} grows the {needed} samples of a prompt as one tree, but "
+            f"groups span {sampler.world_size} ranks; use a number of groups per update that the "
+            "ranks divide"
+        )
+
+
 def build_policy(config: Config, where: str, method: Method, device: torch.device) -> FlowPolicy:
     """The model with its trainable weights."""
     if method.policy != "flow":
         raise ConfigError(
             f"{where}: {method.name} trains token policies, but model.pipeline="
             f"{config.model.pipeline} is a flow model; use one of "
-            + ", ".join(n for n, m in METHODS.items() if m.__module__.endswith("flow"))
+            + ", ".join(name for name, make in METHODS.items() if make().policy == "flow")
         )
     model = config.model
     pipeline = build_pipeline(model, where, device)

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from flowrl.types import Decisions, Evaluation, Metadata, PromptBatch, Rollout
+from flowrl.types import Decisions, Evaluation, Metadata, PromptBatch, Rollout, Tree
 
 Conditioning = Mapping[str, Tensor]
 
@@ -75,6 +75,21 @@ class Trajectory(Protocol):
         """All stored decisions, in ascending order of row."""
         ...
 
+    @property
+    def tree(self) -> Tree | None:
+        """Which samples share which states; None where every sample is its own decision."""
+        ...
+
+
+@runtime_checkable
+class Stepped(Protocol):
+    """A trajectory whose decisions are sampler steps: `plan` drew it over `sigmas` [T+1]."""
+
+    @property
+    def plan(self) -> Any: ...
+    @property
+    def sigmas(self) -> Tensor: ...
+
 
 class Policy(Protocol):
     """A generator that can be trained: it draws samples and scores what it drew.
@@ -126,5 +141,5 @@ class Reward(Protocol):
     def score(self) -> Callable[..., Tensor]: ...
 
 
-__all__ = ["Conditioning", "FlowPipeline", "Metadata", "Policy", "Reward", "TokenPipeline",
-           "Trajectory", "Weights"]  # fmt: skip
+__all__ = ["Conditioning", "FlowPipeline", "Metadata", "Policy", "Reward", "Stepped",
+           "TokenPipeline", "Trajectory", "Weights"]  # fmt: skip

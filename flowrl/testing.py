@@ -307,13 +307,7 @@ def _last_group(batch: PromptBatch) -> tuple[int, PromptBatch]:
     """(its first sample, the last group), or the last half where there is only one group."""
     start = int((batch.group_id != batch.group_id[-1]).sum()) or len(batch) // 2
     _require(start > 0, "the batch", "two samples or more", len(batch))
-    return start, PromptBatch(
-        batch.prompts[start:],
-        batch.group_id[start:],
-        batch.sample_id[start:],
-        batch.update[start:],
-        batch.seed,
-    )
+    return start, batch.select(torch.arange(start, len(batch)))
 
 
 # --------------------------------------------------------------------------- rewards
@@ -398,8 +392,9 @@ def _geneval(color: str) -> Prompt:
 
 
 def _one_group(prompts: Sequence[Prompt]) -> PromptBatch:
-    zeros = torch.zeros(len(prompts), dtype=torch.int64)
-    return PromptBatch(tuple(prompts), zeros, torch.arange(len(prompts)), zeros, seed=0)
+    number = torch.arange(len(prompts))
+    zeros = torch.zeros_like(number)
+    return PromptBatch(tuple(prompts), zeros, number, number, zeros, seed=0)
 
 
 # --------------------------------------------------------------------------- words

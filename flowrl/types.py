@@ -4,13 +4,14 @@ N samples of a rank's rollout (its share of num_groups * group_size); T sampler 
 R rows (a row is one network evaluation of training); E decisions (a flow transition, a token row);
 S decisions in a token row; D latent elements of a sample. float32 unless said; ids are int64.
 A decision is scored by one row; a row scores one decision or more (siblings of a tree share it).
-Reading order: PromptBatch -> Rollout -> Trajectory (protocols.py) -> Evaluation.
+Reading order: PromptBatch -> Tree -> Rollout -> Trajectory (protocols.py) -> Evaluation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class PromptBatch:
         group_id: int64 [N]; samples with one id form a group, unique within the step on all ranks.
         sample_id: int64 [N]; index of the sample in the step over all ranks. All noise derives from
             (seed, sample_id or group_id), so the world size cannot change a sample.
+        member: int64 [N]; index of the sample in its group, which may lie on several ranks.
         update: int64 [N]; the optimiser update of this step that trains on the sample.
         seed: int64 seed of the step's noise.
     """
@@ -45,11 +47,12 @@ class PromptBatch:
     prompts: tuple[Prompt, ...]
     group_id: Tensor
     sample_id: Tensor
+    member: Tensor
     update: Tensor
     seed: int
 
     def __post_init__(self) -> None:
-        for name in ("group_id", "sample_id", "update"):
+        for name in ("group_id", "sample_id", "member", "update"):
             value: Tensor = getattr(self, name)
             if value.dtype != torch.int64 or value.shape != (len(self.prompts),):
                 raise ShapeError(
@@ -60,25 +63,89 @@ class PromptBatch:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def select(self, index: Tensor) -> PromptBatch:
+        """The samples at int64 `index` [K], in that order."""
+        return PromptBatch(
+            tuple(self.prompts[i] for i in index.tolist()),
+            self.group_id[index],
+            self.sample_id[index],
+            self.member[index],
+            self.update[index],
+            self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Which samples share which states: the tree of a flow rollout, of one rank or of all.
+
+    Two samples are the same state before step i as long as their keys agree up to there.
+
+    Attributes:
+        keys: int64 [N, T+1]; column 0 names the starting noise, column 1 + i the noise of step i;
+            -1 = the step is deterministic for this sample.
+        log_prob: [N, T]; of the step that each sample took, under the behaviour policy; 0 where it
+            was deterministic or has no density.
+    """
+
+    keys: Tensor
+    log_prob: Tensor
+
+    def __post_init__(self) -> None:
+        num, levels = self.keys.shape
+        if self.keys.dtype != torch.int64 or self.log_prob.shape != (num, levels - 1):
+            raise ShapeError(
+                f"a tree needs int64 keys [N, T+1] and log_prob [N, T], got {self.keys.dtype} "
+                f"{tuple(self.keys.shape)} and {tuple(self.log_prob.shape)}"
+            )
+
+    @cached_property
+    def node(self) -> Tensor:
+        """Int64 [N, T+1]: the distinct state of every sample before every step, by its number.
+
+        Numbers count from 0 in each level and ascend with the number of the parent, then the key.
+        """
+        columns = [torch.unique(self.keys[:, 0], return_inverse=True)[1]]
+        for step in range(self.keys.shape[1] - 1):
+            pair = torch.stack([columns[-1], self.keys[:, 1 + step]], dim=1)
+            columns.append(torch.unique(pair, dim=0, return_inverse=True)[1])
+        return torch.stack(columns, dim=1)
+
+    def any_below(self, flags: Tensor) -> Tensor:
+        """Bool [N, T]: whether bool `flags` [N] holds for a sample that took the same edge."""
+        columns = []
+        for node in self.node[:, 1:].unbind(1):
+            hits = torch.zeros(len(node), dtype=torch.int64).index_add(0, node, flags.long())
+            columns.append(hits[node] > 0)
+        return torch.stack(columns, dim=1)
+
 
 @dataclass(frozen=True)
 class Decisions:
     """What the trajectory stored about its decisions, in the order in which rows score them.
 
+    A decision of a flow is an edge of its tree, however many samples descend from it.
+
     Attributes:
         row: int64 [E], ascending; the row that scores the decision.
-        sample: int64 [E]; the sample (index into the batch) that the decision belongs to.
+        sample: int64 [E]; the sample (index into the batch) that the decision belongs to, the first
+            one that descends from it.
+        step: int64 [E]; the sampler step that the decision took; 0 for tokens.
         old_log_prob: [E] or [E, S]; log density under the behaviour policy.
         mask: bool, as old_log_prob; True = contributes to the loss.
         sigma, sigma_next: [E]; the noise levels that a transition joins; NaN for tokens.
+        old_mean: [E, ...latent]; transition mean under the behaviour policy, where the plan asks
+            for it; None otherwise.
     """
 
     row: Tensor
     sample: Tensor
+    step: Tensor
     old_log_prob: Tensor
     mask: Tensor
     sigma: Tensor
     sigma_next: Tensor
+    old_mean: Tensor | None = None
 
     def __post_init__(self) -> None:
         num = len(self.row)
@@ -90,18 +157,15 @@ class Decisions:
 
     def select(self, keep: Tensor) -> Decisions:
         """The decisions at a bool or int64 index [K], in that order."""
-        return Decisions(
-            row=self.row[keep],
-            sample=self.sample[keep],
-            old_log_prob=self.old_log_prob[keep],
-            mask=self.mask[keep],
-            sigma=self.sigma[keep],
-            sigma_next=self.sigma_next[keep],
-        )
+        return self._each(lambda value: value[keep])
 
     def to(self, device: torch.device) -> Decisions:
         """The decisions on a device."""
-        return Decisions(*(getattr(self, f.name).to(device) for f in fields(self)))
+        return self._each(lambda value: value.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Decisions:
+        given: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: change(v) for k, v in given.items() if v is not None})
 
 
 @dataclass(frozen=True)
@@ -128,10 +192,12 @@ class Chunk:
     Attributes:
         decisions: [E] of them.
         advantage: as decisions.old_log_prob; detached.
+        weight: [E]; factor on the loss of a decision, detached; None = 1.
     """
 
     decisions: Decisions
     advantage: Tensor
+    weight: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -80,16 +80,24 @@ def estimate(parts: Parts) -> list[tuple[str, str]]:
 
 
 def network_evals(plan: StepPlan, num_groups: int, group_size: int) -> tuple[int, int]:
-    """Closed form: (states evaluated in rollout, states evaluated in training), without guidance.
+    """(states evaluated in rollout, states evaluated in training), without guidance.
 
-    A shared start has one state per group until the first stochastic step has been taken.
+    Counted on the tree of one group, which the plan gives without a rollout.
     """
-    samples = num_groups * group_size
-    prefix = min(plan.stochastic) + 1 if plan.shared_noise and plan.stochastic else 0
-    prefix = plan.num_steps if plan.shared_noise and not plan.stochastic else prefix
-    forwards = prefix * num_groups + (plan.num_steps - prefix) * samples
-    shared = sum(step < prefix for step in plan.trained)
-    return forwards, shared * num_groups + (len(plan.trained) - shared) * samples
+    import torch
+
+    from flowrl.types import Prompt, PromptBatch, Tree
+
+    number = torch.arange(group_size)
+    zeros = torch.zeros_like(number)
+    batch = PromptBatch((Prompt(""),) * group_size, zeros, number, number, zeros, seed=0)
+    keys = plan.table(batch)
+    node = Tree(keys, torch.zeros(group_size, plan.num_steps)).node
+    sizes = [len(level.unique()) for level in node.unbind(1)]
+    forwards = sum(sizes[: plan.num_table_steps])
+    forwards += plan.num_tail_steps * sizes[plan.num_table_steps]
+    trained = sum(len(node[keys[:, 1 + i] >= 0, i].unique()) for i in plan.trained)
+    return forwards * num_groups, trained * num_groups
 
 
 def _stored_mb(parts: Parts, plan: StepPlan, samples: int) -> float:

@@ -89,6 +89,7 @@ class GroupSampler:
             prompts=tuple(drawn[index] for index in group.tolist()),
             group_id=first + group,
             sample_id=self._sample_id,
+            member=self._sample_id % self.group_size,
             update=self._update,
             seed=derive_seed(self.seed, "rollout", step),
         )
@@ -153,6 +154,7 @@ def eval_batch(
         prompts=tuple(prompts[index] for index in group_id.tolist()),
         group_id=group_id,
         sample_id=sample_id,
+        member=sample_id % samples_per_prompt,
         update=torch.zeros_like(sample_id),
         seed=derive_seed(seed, "evaluation"),
     )

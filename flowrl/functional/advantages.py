@@ -86,14 +86,19 @@ def leave_one_out(rewards: Tensor, group_id: Tensor, valid: Tensor | None = None
 
 
 def zero_std_groups(
-    rewards: Tensor, group_id: Tensor, valid: Tensor | None = None, *, floor: float = 1e-6
+    rewards: Tensor,
+    group_id: Tensor,
+    valid: Tensor | None = None,
+    *,
+    floor: float = 1e-6,
+    ddof: int = 0,
 ) -> Tensor:
     """Bool [N], True = the sample's group teaches nothing: under two valid members or std < floor.
 
     Arguments and errors as `group_normalized`; an invalid sample gets the answer of its group.
     """
     groups = _group(rewards, group_id, valid)
-    return (groups.size < 2) | (_group_std(groups, ddof=0) < floor)
+    return (groups.size < 2) | (_group_std(groups, ddof) < floor)
 
 
 def clip_advantages(advantages: Tensor, limit: float) -> Tensor:

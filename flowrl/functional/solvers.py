@@ -64,6 +64,52 @@ def dpmpp_2m(
     return decay * x_t + (1 - decay) * target, x0
 
 
+def resampled(sigmas: Tensor, first: int, num_steps: int) -> Tensor:
+    """The schedule from entry `first` to its end in `num_steps` steps: [num_steps + 1].
+
+    The new points are evenly spaced in UNSHIFTED time u, which falls from 1 to 0 along the
+    schedule's index. A static shift s multiplies the odds, sigma / (1 - sigma) = s * u / (1 - u),
+    so between the given entries the log of that factor is interpolated linearly. That is exact for
+    every static (and resolution-dependent) shift without knowing it, and follows any other
+    schedule; sigma itself interpolated would be off by 0.015 for s = 3 and 10 steps.
+
+    Paper: MixGRPO, arXiv:2507.21802, its Flash schedule.
+
+    Args:
+        sigmas: [T+1], descending, last 0.
+        first: entry that stays as it is, in [0, T).
+        num_steps: in [1, T - first].
+
+    Returns:
+        As sigmas: sigmas[first] first, exactly 0 last.
+
+    Raises:
+        ValueError: first or num_steps out of range, or a schedule too uneven to be resampled.
+    """
+    total = len(sigmas) - 1
+    if not 0 <= first < total or not 1 <= num_steps <= total - first:
+        raise ValueError(
+            f"first must be in [0, {total}) and num_steps in [1, {total} - first], "
+            f"but they are {first} and {num_steps}."
+        )
+    place = torch.linspace(first, total, num_steps + 1, dtype=torch.float64)[1:-1]
+    given = sigmas.double()
+    inner = given[1:-1]  # the odds are infinite at 1 and 0
+    at = torch.arange(1, total, dtype=torch.float64)
+    factor = torch.logit(inner) - torch.logit(1 - at / total)
+    below = (place.floor().long() - 1).clamp(0, max(total - 2, 0))
+    above = (below + 1).clamp(max=max(total - 2, 0))
+    share = (place - at[below]).clamp(0, 1)
+    log_odds = torch.logit(1 - place / total) + torch.lerp(factor[below], factor[above], share)
+    points = torch.cat([given[first : first + 1], torch.sigmoid(log_odds), given.new_zeros(1)])
+    if not bool((points.diff() < 0).all()):
+        raise ValueError(
+            f"the schedule {sigmas.tolist()} is too uneven to be resampled to {num_steps} steps "
+            f"from entry {first}; leave its end as it is."
+        )
+    return points.to(sigmas.dtype)
+
+
 def _log_snr(sigma: Tensor) -> Tensor:
     """log((1 - sigma) / sigma): infinite at 0, minus infinite at 1."""
     return torch.log1p(-sigma) - torch.log(sigma)

@@ -1,13 +1,27 @@
 """Methods: the names of papers as short compositions of `flowrl.functional`.
 
-Reading order: spec.py (what a method is), flow.py and token.py (the methods), objectives.py and
-windows.py (their parts). `METHODS` is the table that a config's `method.name` looks into.
+Reading order: spec.py (what a method is), flow.py, trees.py and token.py (the methods),
+objectives.py and windows.py (their parts). `METHODS` is the table that a config's `method.name`
+looks into.
 """
 
-from flowrl.methods.flow import dance_grpo, flow_grpo, mix_grpo
+from collections.abc import Callable
+
+from flowrl.methods.flow import dance_grpo, flow_grpo, flow_grpo_fast, mix_grpo, mix_grpo_flash
 from flowrl.methods.spec import Method
 from flowrl.methods.token import grpo
+from flowrl.methods.trees import branch_grpo, tempflow_grpo
 
-METHODS = {method.__name__: method for method in (flow_grpo, dance_grpo, mix_grpo, grpo)}
+_ALL: tuple[Callable[..., Method], ...] = (
+    flow_grpo,
+    flow_grpo_fast,
+    dance_grpo,
+    mix_grpo,
+    mix_grpo_flash,
+    branch_grpo,
+    tempflow_grpo,
+    grpo,
+)
+METHODS = {method.__name__: method for method in _ALL}
 
 __all__ = ["METHODS", "Method"]

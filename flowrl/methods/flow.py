@@ -7,6 +7,7 @@ sharp (Flow-GRPO), or has no density at all (CPS).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from flowrl.methods.objectives import (
@@ -18,7 +19,17 @@ from flowrl.methods.objectives import (
     normalized_rewards,
     summed_rewards,
 )
-from flowrl.methods.spec import KERNELS, KernelName, Method, StepPlan, require_positive
+from flowrl.methods.spec import (
+    KERNELS,
+    KernelName,
+    Method,
+    StepPlan,
+    Tail,
+    TailCount,
+    own_noise,
+    require_positive,
+    shared_start,
+)
 from flowrl.methods.windows import SlidingWindow, Strategy
 
 
@@ -46,7 +57,7 @@ def flow_grpo(
         kernel=KERNELS[kernel](noise_level),
         stochastic=tuple(range(num_steps)),
         trained=_all_but_last(num_steps),
-        shared_noise=shared_noise,
+        keys=shared_start if shared_noise else own_noise,
     )
     return Method(
         name="flow_grpo",
@@ -92,7 +103,7 @@ def dance_grpo(
         stochastic=tuple(range(num_steps)),
         trained=_all_but_last(num_steps),
         trained_fraction=trained_fraction,
-        shared_noise=shared_noise,
+        keys=shared_start if shared_noise else own_noise,
     )
     return Method(
         name="dance_grpo",
@@ -145,7 +156,8 @@ def mix_grpo(
 
     def plan(step: int) -> StepPlan:
         inside = sliding.steps(step)
-        return StepPlan(num_steps, make_kernel, inside, inside, shared_noise=shared_noise)
+        keys = shared_start if shared_noise else own_noise
+        return StepPlan(num_steps, make_kernel, inside, inside, keys=keys)
 
     return Method(
         name="mix_grpo",
@@ -162,6 +174,115 @@ def mix_grpo(
             "trained steps": "the window",
             "window's position": sliding.words,
             "shared noise in a group": shared_noise,
+        },
+    )
+
+
+def mix_grpo_flash(
+    *,
+    frozen: bool = False,
+    tail_ratio: float | None = None,
+    tail_count: TailCount = "paper",
+    num_steps: int = 25,
+    window: int = 4,
+    stride: int = 1,
+    interval: int = 20,
+    kernel: KernelName = "flow_sde",
+    noise_level: float = 0.7,
+    clip_range: float = 1e-4,
+    advantage_clip: float = 5.0,
+    kl: KLName = "paper",
+    kl_coef: float = 0.0,
+    shared_noise: bool = True,
+) -> Method:
+    """MixGRPO with fewer steps, of second order, after the window.
+
+    Paper: MixGRPO, arXiv:2507.21802, section 4.4. The remaining T - w - l steps become
+    ceil((T - w - l) * tail_ratio) of DPM-Solver++ 2M, tail_ratio 0.4; `frozen` is Flash*, whose
+    window stays at 0, with 0.2. Differs: tail_count="code" counts as its code does, but always
+    ends at sigma = 0 (see `spec.Tail`); otherwise as `mix_grpo`.
+    """
+    base = mix_grpo(
+        num_steps=num_steps,
+        window=window,
+        stride=stride,
+        interval=interval,
+        strategy="frozen" if frozen else "progressive",
+        kernel=kernel,
+        noise_level=noise_level,
+        clip_range=clip_range,
+        advantage_clip=advantage_clip,
+        kl=kl,
+        kl_coef=kl_coef,
+        shared_noise=shared_noise,
+    )
+    tail = Tail((0.2 if frozen else 0.4) if tail_ratio is None else tail_ratio, tail_count)
+    return replace(
+        base,
+        name="mix_grpo_flash",
+        paper="MixGRPO-Flash, arXiv:2507.21802",
+        plan=lambda step: replace(base.plan(step), tail=tail),
+        numbers=base.numbers
+        | {"after the window": f"dpmpp_2m, ratio {tail.ratio}, counted as in the {tail_count}"},
+    )
+
+
+def flow_grpo_fast(
+    *,
+    num_steps: int = 10,
+    window: int = 3,
+    window_end: int | None = None,
+    window_seed: int = 0,
+    kernel: KernelName = "cps",
+    noise_level: float = 0.8,
+    clip_range: float = 1e-5,
+    advantage_std: AdvantageStd = "global",
+    advantage_clip: float = 5.0,
+    kl: KLName = "paper",
+    kl_coef: float = 0.0,
+    shared_noise: bool = False,
+) -> Method:
+    """Flow-GRPO on a window of steps at a random place in the first half; the ODE elsewhere.
+
+    Paper: none; Flow-GRPO's repository, "Flow-GRPO-Fast", without guidance in training and test.
+    With shared_noise a group branches from one state at the window's start, as its first version
+    did. Differs: all ranks draw the same window, anew in every training step, where the code draws
+    one per call of the pipeline, so that groups mix windows. window_end None = num_steps // 2.
+    """
+    base = flow_grpo(
+        num_steps=num_steps,
+        kernel=kernel,
+        noise_level=noise_level,
+        clip_range=clip_range,
+        advantage_std=advantage_std,
+        advantage_clip=advantage_clip,
+        kl=kl,
+        kl_coef=kl_coef,
+        shared_noise=shared_noise,
+    )
+    end = num_steps // 2 if window_end is None else window_end
+    if not window <= end <= num_steps - 1:
+        raise ValueError(
+            f"window={window} does not fit before window_end={end}; window_end may be {window} to "
+            f"{num_steps - 1}"
+        )
+    sliding = SlidingWindow(end, window, strategy="random", seed=window_seed)
+
+    def plan(step: int) -> StepPlan:
+        inside = sliding.steps(step)
+        everywhere: StepPlan = base.plan(step)
+        return replace(everywhere, stochastic=inside, trained=inside)
+
+    return replace(
+        base,
+        name="flow_grpo_fast",
+        paper="Flow-GRPO-Fast, github.com/yifan123/flow_grpo",
+        plan=plan,
+        numbers=base.numbers
+        | {
+            "stochastic steps": f"a window of {window} before step {end}",
+            "trained steps": "the window",
+            "window's position": sliding.words,
         },
     )
 

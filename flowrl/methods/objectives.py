@@ -23,7 +23,7 @@ from flowrl.functional.ratios import importance_ratio, log_ratio
 from flowrl.functional.regularizers import gaussian_kl, gaussian_kl_without_dt, k3
 from flowrl.functional.surrogates import ppo_clip
 from flowrl.methods.spec import Loss, require_positive
-from flowrl.types import Chunk, Evaluation, Scores
+from flowrl.types import Chunk, Evaluation, Scores, Tree
 
 AdvantageStd = Literal["group", "global", "none", "leave_one_out"]
 KLName = Literal["paper", "code"]
@@ -40,17 +40,31 @@ NORMALIZERS: dict[AdvantageStd, Normalize] = {
 
 
 def summed_rewards(
-    scores: Scores, group_id: Tensor, *, normalize: Normalize, clip: float
+    scores: Scores,
+    group_id: Tensor,
+    tree: Tree | None = None,
+    *,
+    normalize: Normalize,
+    clip: float,
 ) -> Tensor:
-    """Advantage [N] of the weighted sum of raw rewards, clamped to +-clip."""
+    """Advantage [N] of the weighted sum of raw rewards, clamped to +-clip; the tree is not read."""
     total = weighted_sum({n: scores.rewards[n] for n in scores.weights}, scores.weights)
     return clip_advantages(normalize(total, group_id, scores.valid), clip)
 
 
 def normalized_rewards(
-    scores: Scores, group_id: Tensor, *, eps: float, ddof: int, clip: float
+    scores: Scores,
+    group_id: Tensor,
+    tree: Tree | None = None,
+    *,
+    eps: float,
+    ddof: int,
+    clip: float,
 ) -> Tensor:
-    """Advantage [N]: every reward normalised in its group, then the weighted sum, clamped."""
+    """Advantage [N]: every reward normalised in its group, then their weighted sum, clamped.
+
+    The tree is not read.
+    """
     rewards = {name: scores.rewards[name] for name in scores.weights}
     total = sum_of_normalized(
         rewards, group_id, scores.valid, weights=scores.weights, eps=eps, ddof=ddof

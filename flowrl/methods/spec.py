@@ -8,31 +8,104 @@ can print every number that is in force.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
+from flowrl.errors import ShapeError
 from flowrl.functional import sde
 from flowrl.functional.aggregate import aggregate
-from flowrl.types import Chunk, Evaluation, Scores
+from flowrl.types import Chunk, Evaluation, PromptBatch, Scores, Tree
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-Advantage = Callable[[Scores, Tensor], Tensor]
+Keys = Callable[[PromptBatch, "StepPlan"], Tensor]
+Advantage = Callable[[Scores, Tensor, Tree | None], Tensor]
+Prune = Callable[[Tensor, Tensor, Tree], Tensor]
+TailCount = Literal["paper", "code"]
+
+
+def own_noise(batch: PromptBatch, plan: StepPlan) -> Tensor:
+    """Keys [N, T+1] of chains: every sample has its own start and its own noise in every step."""
+    keys = torch.full((len(batch), plan.num_steps + 1), -1)
+    keys[:, 0] = batch.sample_id
+    keys[:, [1 + step for step in plan.stochastic]] = batch.sample_id[:, None]
+    return keys
+
+
+def shared_start(batch: PromptBatch, plan: StepPlan) -> Tensor:
+    """`own_noise`, but for one starting noise per group: its deterministic prefix is one chain."""
+    keys = own_noise(batch, plan)
+    keys[:, 0] = batch.group_id
+    return keys
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Fewer steps, of second order, after the last stochastic one.
+
+    Paper: MixGRPO-Flash, arXiv:2507.21802, section 4.4: the rest of the schedule is resampled to
+    fewer points, `functional.solvers.resampled`, and walked with `functional.solvers.dpmpp_2m`.
+
+    Attributes:
+        ratio: r in (0, 1], share of the remaining steps that is kept.
+        count: "paper" = ceil(remaining * r) steps; "code" = as many as its published code, which
+            takes int((remaining + 1) * r) points, so one step fewer, but at least the step to
+            sigma = 0 (with one point, the code stops short of it and decodes noise).
+    """
+
+    ratio: float
+    count: TailCount = "paper"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"ratio of the tail must be in (0, 1], got {self.ratio}; 1 keeps all")
+
+    def num_steps(self, remaining: int) -> int:
+        """Steps in place of `remaining` steps."""
+        if self.count == "code":
+            return max(int((remaining + 1) * self.ratio) - 1, 1)
+        return math.ceil(round(remaining * self.ratio, 9))  # 0.1 * 30 is a little above 3
+
+
+@dataclass(frozen=True)
+class NoiseMix:
+    """Noise that samples share in part: (shared + scale * own) / sqrt(1 + scale^2).
+
+    Attributes:
+        keys: names the shared noise as a plan's `keys` name the own one; -1 = own noise alone.
+        scale: s above; the correlation of two samples of one shared noise is 1 / (1 + s^2).
+    """
+
+    keys: Keys
+    scale: float
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Which steps of a flow rollout are stochastic and which of those are trained.
+    """How a flow rollout draws noise, and which of its stochastic steps are trained.
+
+    What a step does may differ from sample to sample: `keys` names the noise of every sample and
+    step, and so says which samples are the same state before a step (`types.Tree`): those whose
+    keys agree up to there. A distinct state is evaluated once. Noise derives from (batch.seed,
+    key, column) alone, so keys must differ where noise must be independent, on all ranks: make
+    them of sample_id or group_id.
 
     Attributes:
         num_steps: sampler steps T.
         kernel: (x_t, velocity, sigma, sigma_next, sigma_max) -> (mean, std) of a stochastic step.
-        stochastic: steps that draw noise; the others are Euler's ODE.
+        stochastic: steps in which some sample draws noise; all others are Euler's ODE.
         trained: stochastic steps whose decisions are stored; ascending.
         trained_fraction: share of `trained` that each sample keeps, drawn per sample; 1.0 = all.
-        shared_noise: a group starts from one x_T, so its deterministic prefix is computed once.
+        keys: (batch, plan) -> int64 [N, T+1]; column 0 names the starting noise, column 1 + i the
+            noise of step i; -1 = the step is deterministic for this sample.
+        mix: part of the noise that samples share; None = keys say it all.
+        tail: a shorter way from the last stochastic step to the end; None = the schedule's.
+        group_size: samples that a group must have, all on one rank; None = any, anywhere.
+        store_mean: decisions remember the mean of their transition under the behaviour policy.
     """
 
     num_steps: int
@@ -40,7 +113,11 @@ class StepPlan:
     stochastic: tuple[int, ...]
     trained: tuple[int, ...]
     trained_fraction: float = 1.0
-    shared_noise: bool = False
+    keys: Keys = own_noise
+    mix: NoiseMix | None = None
+    tail: Tail | None = None
+    group_size: int | None = None
+    store_mean: bool = False
 
     def __post_init__(self) -> None:
         if not set(self.trained) <= set(self.stochastic):
@@ -54,11 +131,47 @@ class StepPlan:
                 f"trained_fraction={self.trained_fraction} of {len(self.trained)} steps keeps "
                 f"{self.num_kept}; use {1 / len(self.trained):.3g} to 1"
             )
+        if self.tail is not None and self.num_table_steps == self.num_steps:
+            raise ValueError(
+                f"the last step, {self.num_steps - 1}, is stochastic, so nothing is left for a tail"
+            )
 
     @property
     def num_kept(self) -> int:
         """Trained steps per sample, rounded down as in DanceGRPO's code."""
         return int(self.trained_fraction * len(self.trained))
+
+    @property
+    def num_table_steps(self) -> int:
+        """Steps before the tail; T without one."""
+        if self.tail is None:
+            return self.num_steps
+        return max(self.stochastic, default=-1) + 1
+
+    @property
+    def num_tail_steps(self) -> int:
+        """Steps of the tail; 0 without one."""
+        if self.tail is None:
+            return 0
+        return self.tail.num_steps(self.num_steps - self.num_table_steps)
+
+    def table(self, batch: PromptBatch) -> Tensor:
+        """The plan's keys for a batch, int64 [N, T+1], checked.
+
+        Raises:
+            ShapeError: they are not what `keys` promises.
+        """
+        keys = self.keys(batch, self)
+        shape = (len(batch), self.num_steps + 1)
+        if keys.dtype != torch.int64 or keys.shape != shape or bool((keys[:, 0] < 0).any()):
+            raise ShapeError(
+                f"keys of a plan must be int64 {list(shape)} with no -1 in column 0, got "
+                f"{keys.dtype} {list(keys.shape)}"
+            )
+        noisy = (keys[:, 1:] >= 0).any(0).nonzero().flatten().tolist()
+        if not set(noisy) <= set(self.stochastic):
+            raise ShapeError(f"keys draw noise in steps {noisy}, beyond {self.stochastic}")
+        return keys
 
 
 @dataclass(frozen=True)
@@ -88,9 +201,15 @@ class Method:
         paper: title and arXiv id.
         policy: kind of policy that it trains.
         plan: training step -> StepPlan or TokenPlan.
-        advantage: (scores, group_id) -> [N], detached, 0 where invalid.
+        advantage: (scores, group_id, tree) of all ranks -> [N], or [N, T] of the step that each
+            sample took (equal for samples of one edge); detached, 0 where invalid. The tree is None
+            for tokens.
         objective: (new, reference or None, chunk) -> Loss.
         aggregate: (values, mask, denominator) -> scalar loss.
+        weighting: (plan, sigmas [T+1]) -> [T], factors on the loss of a step's decisions, detached;
+            None = 1.
+        prune: (advantages [N, T], group_id, tree) of all ranks -> bool [N]; decisions from which no
+            True sample descends are left out of the backward; None = all stay.
         kl_coef: coefficient of the KL inside `objective`; 0 = the reference is never evaluated.
         numbers: what the plan was made from, for `describe`.
     """
@@ -103,14 +222,17 @@ class Method:
     objective: Callable[[Evaluation, Evaluation | None, Chunk], Loss]
     kl_coef: float = 0.0
     aggregate: Callable[[Tensor, Tensor, float], Tensor] = aggregate
+    weighting: Callable[[StepPlan, Tensor], Tensor] | None = None
+    prune: Prune | None = None
     numbers: dict[str, Any] = field(default_factory=dict)
 
     def describe(self) -> list[tuple[str, str]]:
         """Rows (slot, text) with every number in force."""
         rows = [("method", self.name), ("paper", self.paper)]
         rows += [(name, _text(value)) for name, value in self.numbers.items()]
-        for slot in ("advantage", "objective", "aggregate"):
-            rows += _slot_rows(slot, getattr(self, slot))
+        for slot in ("advantage", "objective", "aggregate", "weighting", "prune"):
+            if (value := getattr(self, slot)) is not None:
+                rows += _slot_rows(slot, value)
         return rows
 
 
@@ -160,6 +282,20 @@ def cps_kernel(noise_level: float) -> Kernel:
         return sde.cps(x_t, velocity, sigma, sigma_next, noise_level=noise_level)
 
     return cps
+
+
+def transition_scales(plan: StepPlan, sigmas: Tensor) -> tuple[Tensor, Tensor]:
+    """(d mean / d velocity, std) of the plan's kernel in every step, [T] each.
+
+    Args:
+        plan: whose kernel it is.
+        sigmas: [T+1] of the schedule.
+    """
+    zero = sigmas.new_zeros(plan.num_steps, 1)
+    steps = (sigmas[:-1], sigmas[1:], sigmas[1])
+    still, std = plan.kernel(zero, zero, *steps)
+    moved, _ = plan.kernel(zero, zero + 1, *steps)
+    return (moved - still)[:, 0], std.expand_as(zero)[:, 0]
 
 
 KERNELS = {"flow_sde": flow_sde_kernel, "dance_sde": dance_sde_kernel, "cps": cps_kernel}

@@ -1,18 +1,17 @@
 """The flow policy: draws trees of latents, and scores their stochastic steps by one transition.
 
-A rollout is a table of levels 0..T. Level i holds the distinct states before step i; every state
-names its parent in level i-1. A state is evaluated once, however many samples descend from it: a
-group that shares its starting noise has ONE state per level until the first stochastic step, and
-the G log-probs of that step come from one forward in training too. Reading order: `Level`,
-`FlowTrajectory`, `FlowPolicy.rollout`, `FlowPolicy.evaluate`; both call `FlowPolicy._transition`.
+A rollout is a table of levels 0..T. Level i holds the distinct states before step i (`types.Tree`);
+every state names its parent in level i-1. A state is evaluated once, however many samples descend
+from it, in rollout and in training: the log-probs of siblings come from one forward.
+Reading order: trajectory.py, `FlowPolicy.rollout`, `FlowPolicy.evaluate`; both compute a
+`_velocity` and hand it to the plan's kernel.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -20,119 +19,17 @@ from torch import Tensor, nn
 
 from flowrl.data.noise import sample_noise, sample_uniform
 from flowrl.functional import sde
+from flowrl.functional.flow import predict_x0
 from flowrl.functional.shapes import at_least_float32
+from flowrl.functional.solvers import dpmpp_2m, resampled
+from flowrl.functional.trees import first_of, sibling_noise
 from flowrl.methods.spec import StepPlan
 from flowrl.policies.conditioning import PromptTable
+from flowrl.policies.trajectory import FlowTrajectory, Level
 from flowrl.protocols import FlowPipeline, Weights
-from flowrl.types import Decisions, Evaluation, PromptBatch, Rollout
+from flowrl.types import Evaluation, PromptBatch, Rollout, Tree
 
-
-@dataclass(frozen=True)
-class Level:
-    """The distinct states before one sampler step.
-
-    Attributes:
-        states: [n, ...latent] in the storage dtype; None where training does not need them.
-        parent: int64 [n], index into the level before; -1 at level 0.
-        sample: int64 [n], the first sample that descends from the state.
-        log_prob: float32 [n] of the stochastic step that led here, under the behaviour policy;
-            None where that step was deterministic or is not trained.
-        mask: bool [n], True = the step that led here is trained; None with log_prob.
-    """
-
-    states: Tensor | None
-    parent: Tensor
-    sample: Tensor
-    log_prob: Tensor | None = None
-    mask: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Rows:
-    """States whose outgoing step is trained: [R, ...latent], sample int64 [R], sigmas [R]."""
-
-    states: Tensor
-    sample: Tensor
-    sigma: Tensor
-    sigma_next: Tensor
-
-    def select(self, index: Tensor) -> Rows:
-        """The rows at int64 `index`."""
-        states = self.states[index.to(self.states.device)]
-        return Rows(states, self.sample[index], self.sigma[index], self.sigma_next[index])
-
-
-@dataclass(frozen=True)
-class FlowTrajectory:
-    """A rollout's tree: T + 1 levels with the states that training needs.
-
-    Attributes:
-        batch: the samples.
-        plan: how they were drawn.
-        sigmas: [T+1], on the CPU.
-        levels: T + 1 of them.
-    """
-
-    batch: PromptBatch
-    plan: StepPlan
-    sigmas: Tensor
-    levels: tuple[Level, ...]
-
-    @cached_property
-    def decisions(self) -> Decisions:
-        """Trained steps of all samples; the row of a decision is its parent state."""
-        parts = []
-        first_row = 0
-        for step in self.plan.trained:
-            child = self.levels[step + 1]
-            assert child.log_prob is not None and child.mask is not None
-            num = len(child.parent)
-            parts.append(
-                Decisions(
-                    row=first_row + child.parent,
-                    sample=child.sample,
-                    old_log_prob=child.log_prob.cpu(),
-                    mask=child.mask,
-                    sigma=self.sigmas[step].expand(num),
-                    sigma_next=self.sigmas[step + 1].expand(num),
-                )
-            )
-            first_row += len(self.levels[step].parent)
-        fields = ("row", "sample", "old_log_prob", "mask", "sigma", "sigma_next")
-        return Decisions(*(torch.cat([getattr(part, name) for part in parts]) for name in fields))
-
-    @property
-    def num_rows(self) -> int:
-        """States whose outgoing step is trained."""
-        return sum(len(self.levels[step].parent) for step in self.plan.trained)
-
-    @cached_property
-    def _rows(self) -> Rows:
-        """All rows, in order."""
-        steps = self.plan.trained
-        levels = [self.levels[step] for step in steps]
-        sizes = torch.tensor([len(level.parent) for level in levels])
-        return Rows(
-            states=torch.cat([level.states for level in levels if level.states is not None]),
-            sample=torch.cat([level.sample for level in levels]),
-            sigma=self.sigmas[list(steps)].repeat_interleave(sizes),
-            sigma_next=self.sigmas[[step + 1 for step in steps]].repeat_interleave(sizes),
-        )
-
-    @cached_property
-    def _children(self) -> Tensor:
-        """The stored next state of every decision [E, ...]."""
-        return torch.cat([self.levels[step + 1].states for step in self.plan.trained])  # type: ignore[misc]
-
-    def gather(self, index: Tensor) -> tuple[Rows, Tensor, Tensor]:
-        """What scoring the decisions at `index` int64 [K] takes.
-
-        Returns:
-            The distinct rows, the row of each decision [K] (an index into them), and the stored
-            next states [K, ...].
-        """
-        rows, row_of = torch.unique(self.decisions.row[index], return_inverse=True)
-        return self._rows.select(rows), row_of, self._children[index.to(self._children.device)]
+Conditioning = tuple[dict[str, Tensor], dict[str, Tensor] | None]
 
 
 class FlowPolicy:
@@ -186,50 +83,64 @@ class FlowPolicy:
 
     @torch.no_grad()
     def rollout(self, batch: PromptBatch, plan: StepPlan) -> tuple[Rollout, FlowTrajectory]:
-        """Draws one image per sample, and the tree of states that training needs."""
+        """Draws one image per sample, and the tree of states that training needs.
+
+        Raises:
+            ShapeError, ValueError: the plan does not fit the batch.
+        """
         sigmas = self.pipeline.sigmas(plan.num_steps)
-        roots, node = _roots(batch, shared=plan.shared_noise)
-        keys = batch.group_id if plan.shared_noise else batch.sample_id
-        x = self._noise(batch.seed, keys[roots], stream=0).to(self.storage_dtype)
-        sample = roots
-        parent = torch.full_like(roots, -1)
-        keep = _kept(batch, plan)
+        keys, kept = plan.table(batch), _kept(batch, plan)
+        log_probs = torch.zeros(len(batch), plan.num_steps, dtype=self._state_dtype)
+        node = Tree(keys, log_probs).node
         needed = {s + k for s in plan.trained for k in (0, 1)}
-        levels = [Level(x if 0 in needed else None, parent, sample)]
+        sample = first_of(node[:, 0])
+        x = self._draw(batch, plan, keys, sample, column=0).to(self.storage_dtype)
+        parent, noisy = torch.full_like(sample, -1), torch.zeros_like(sample, dtype=torch.bool)
+        levels = [Level(x if 0 in needed else None, parent, sample, noisy)]
+        history: tuple[Tensor, Tensor] | None = None
         evals = 0
-        for step in range(plan.num_steps):
-            stochastic = step in plan.stochastic
-            mean, std = self._step(x, sample, batch, plan, sigmas, step, stochastic)
+        for step in range(plan.num_table_steps):
+            velocity = self._velocities(x, sample, batch, sigmas[step], self.guidance_scale)
             evals += len(x)
-            parent, log_prob, mask = torch.arange(len(x)), None, None
-            if stochastic:
-                parent, node, sample = node, torch.arange(len(batch)), torch.arange(len(batch))
-                index = parent.to(self.device)
-                mean, std = mean[index], std[index]
-                noise = self._noise(batch.seed, batch.sample_id, stream=1 + step)
-                x = (mean + std * noise).to(self.storage_dtype)
-                if step in plan.trained:
-                    log_prob = sde.gaussian_log_prob(x, mean, std)
-                    mask = keep[:, plan.trained.index(step)]
-            else:
-                x = mean.to(self.storage_dtype)
-            levels.append(Level(x if step + 1 in needed else None, parent, sample, log_prob, mask))
-        trajectory = FlowTrajectory(batch, plan, sigmas, tuple(levels))
-        return self._rollout(batch, x[node.to(self.device)], evals, self.guidance_scale), trajectory
+            before, sample = x, first_of(node[:, step + 1])
+            parent, noisy = node[sample, step], keys[sample, step + 1] >= 0
+            mean, std = self._moves(plan, before, velocity, sigmas, step, parent, noisy)
+            x, log_prob = self._taken(batch, plan, keys, sample, step, mean, std, noisy)
+            log_probs[:, step] = _density(log_prob, std, noisy)[node[:, step + 1]]
+            is_trained = step in plan.trained
+            levels.append(
+                Level(
+                    x if step + 1 in needed else None,
+                    parent,
+                    sample,
+                    noisy,
+                    log_prob if is_trained else None,
+                    kept[sample, plan.trained.index(step)] if is_trained else None,
+                    mean if is_trained and plan.store_mean else None,
+                )
+            )
+            if plan.tail is not None:
+                x0 = predict_x0(at_least_float32(before), velocity, sigmas[step].to(self.device))
+                history = (x0[parent.to(self.device)], sigmas[step])
+        trajectory = FlowTrajectory(batch, plan, sigmas, tuple(levels), Tree(keys, log_probs))
+        if plan.tail is not None:
+            x = self._tail(batch, plan, x, sample, sigmas, history)
+            evals += len(x) * plan.num_tail_steps
+        x = x[node[:, plan.num_table_steps].to(self.device)]
+        return self._rollout(batch, x, evals, self.guidance_scale), trajectory
 
     def evaluate(self, trajectory: FlowTrajectory, index: Tensor) -> Evaluation:
         """Log-probs, means and stds of the decisions at `index` under the weights in use."""
         rows, row_of, children = trajectory.gather(index)
-        mean, std = self._transition(
-            self.training_network,
-            rows.states,
-            self._conditioning(trajectory.batch, rows.sample),
-            rows.sigma.to(self.device),
-            rows.sigma_next.to(self.device),
-            trajectory.sigmas[1].to(self.device),
-            trajectory.plan,
-            self.guidance_scale,
+        x_t = at_least_float32(rows.states)  # of bf16, a log-prob would have 3 digits
+        sigma, sigma_next, sigma_max = (
+            each.to(self.device) for each in (rows.sigma, rows.sigma_next, trajectory.sigmas[1])
         )
+        conditioning = self._conditioning(trajectory.batch, rows.sample)
+        velocity = self._velocity(
+            self.training_network, x_t, sigma, conditioning, self.guidance_scale
+        )
+        mean, std = trajectory.plan.kernel(x_t, velocity, sigma, sigma_next, sigma_max)
         row_of = row_of.to(self.device)
         mean, std = mean[row_of], std[row_of]
         return Evaluation(sde.gaussian_log_prob(children, mean, std), mean, std)
@@ -240,70 +151,122 @@ class FlowPolicy:
         sigmas = self.pipeline.sigmas(num_steps)
         x = self._noise(batch.seed, batch.sample_id, stream=0)
         everyone = torch.arange(len(batch))
-        plan = StepPlan(num_steps, _no_kernel, (), ())
         for step in range(num_steps):
-            x, _ = self._step(x, everyone, batch, plan, sigmas, step, False, guidance_scale)
+            velocity = self._velocities(x, everyone, batch, sigmas[step], guidance_scale)
+            sigma, sigma_next = (sigmas[i].to(self.device) for i in (step, step + 1))
+            x, _ = sde.ode(at_least_float32(x), velocity, sigma, sigma_next)
         return self._rollout(batch, x, len(batch) * num_steps, guidance_scale)
 
-    def _step(
+    def _moves(
         self,
-        x: Tensor,
-        sample: Tensor,
-        batch: PromptBatch,
         plan: StepPlan,
+        states: Tensor,
+        velocity: Tensor,
         sigmas: Tensor,
         step: int,
-        stochastic: bool,
-        guidance_scale: float | None = None,
+        parent: Tensor,
+        noisy: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Transition of all distinct states of a level, in chunks of the network."""
-        scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        chunk = max(1, self.rollout_batch_size // (1 if scale == 1 else 2))
+        """Mean and std of the step that led to every state of the next level."""
+        x_t = at_least_float32(states)
+        parent, noisy = parent.to(self.device), noisy.to(self.device)
+        sigma, sigma_next = (sigmas[i].expand(len(x_t)).to(self.device) for i in (step, step + 1))
+        mean, std = (each[parent] for each in sde.ode(x_t, velocity, sigma, sigma_next))
+        if noisy.any():
+            # Of the parents, not of the children: these are the numbers that `evaluate` computes.
+            drift, spread = plan.kernel(x_t, velocity, sigma, sigma_next, sigmas[1].to(self.device))
+            chosen = noisy.reshape(-1, *(1,) * (mean.ndim - 1))
+            mean = torch.where(chosen, drift[parent], mean)
+            std = torch.where(chosen, spread[parent], std)
+        return mean, std
+
+    def _taken(
+        self,
+        batch: PromptBatch,
+        plan: StepPlan,
+        keys: Tensor,
+        sample: Tensor,
+        step: int,
+        mean: Tensor,
+        std: Tensor,
+        noisy: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The next level's states, rounded to storage, and their log-probs (nan without noise)."""
+        if not noisy.any():
+            x = mean.to(self.storage_dtype)
+            return x, torch.full((len(x),), torch.nan, dtype=mean.dtype, device=x.device)
+        drawn = self._draw(batch, plan, keys, sample[noisy], column=1 + step)
+        noise = torch.zeros(mean.shape, dtype=drawn.dtype, device=drawn.device)
+        noise[noisy.to(self.device)] = drawn
+        x = (mean + std * noise).to(self.storage_dtype)
+        return x, sde.gaussian_log_prob(x, mean, std)
+
+    def _draw(
+        self, batch: PromptBatch, plan: StepPlan, keys: Tensor, sample: Tensor, *, column: int
+    ) -> Tensor:
+        """The noise of a column of the plan's keys for the samples at `sample` [n]: [n, ...]."""
+        own = self._noise(batch.seed, keys[sample, column], stream=column)
+        if plan.mix is None:
+            return own
+        shared_keys = plan.mix.keys(batch, plan)[sample, column]
+        mixed = (shared_keys >= 0).nonzero().flatten()
+        if len(mixed):
+            # Streams up to T are the samples' own, and T + 1 draws which steps they keep.
+            stream = plan.num_steps + 2 + column
+            shared = self._noise(batch.seed, shared_keys[mixed], stream=stream)
+            where = mixed.to(self.device)
+            own[where] = sibling_noise(shared, own[where], plan.mix.scale)
+        return own
+
+    def _tail(
+        self,
+        batch: PromptBatch,
+        plan: StepPlan,
+        x: Tensor,
+        sample: Tensor,
+        sigmas: Tensor,
+        history: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """The states at the end, from the states after the last stochastic step.
+
+        That step's x0 is the history of the first step here, so it is of second order (of first
+        where that step began at sigma = 1, or there was none), up to the noise that lies between.
+        """
+        points = resampled(sigmas, plan.num_table_steps, plan.num_tail_steps)
+        for sigma, sigma_next in pairwise(points):
+            velocity = self._velocities(x, sample, batch, sigma, self.guidance_scale)
+            old_x0, old_sigma = history if history is not None else (None, None)
+            moved, x0 = dpmpp_2m(
+                at_least_float32(x),
+                velocity,
+                sigma.to(self.device),
+                sigma_next.to(self.device),
+                previous_x0=old_x0,
+                previous_sigma=None if old_sigma is None else old_sigma.to(self.device),
+            )
+            x, history = moved.to(self.storage_dtype), (x0, sigma)
+        return x
+
+    def _velocities(
+        self, x: Tensor, sample: Tensor, batch: PromptBatch, sigma: Tensor, guidance_scale: float
+    ) -> Tensor:
+        """Velocity of all distinct states of a level, in chunks of the network, for a rollout."""
+        chunk = max(1, self.rollout_batch_size // (1 if guidance_scale == 1 else 2))
         parts = []
         for start in range(0, len(x), chunk):
-            states = x[start : start + chunk]
-            sigma, sigma_next = (
-                sigmas[i].expand(len(states)).to(self.device) for i in (step, step + 1)
-            )
-            parts.append(
-                self._transition(
-                    self.weights.network,
-                    states,
-                    self._conditioning(batch, sample[start : start + chunk]),
-                    sigma,
-                    sigma_next,
-                    sigmas[1].to(self.device),
-                    plan if stochastic else None,
-                    scale,
-                )
-            )
-        means, stds = zip(*parts, strict=True)
-        return torch.cat(means), torch.cat(stds)
-
-    def _transition(
-        self,
-        network: nn.Module,
-        states: Tensor,
-        conditioning: tuple[dict[str, Tensor], dict[str, Tensor] | None],
-        sigma: Tensor,
-        sigma_next: Tensor,
-        sigma_max: Tensor,
-        plan: StepPlan | None,
-        guidance_scale: float,
-    ) -> tuple[Tensor, Tensor]:
-        """Mean and std of one step from each state; `plan` None = deterministic."""
-        x_t = at_least_float32(states)  # of bf16, a log-prob would have 3 digits
-        velocity = self._velocity(network, x_t, sigma, conditioning, guidance_scale)
-        if plan is None:
-            return sde.ode(x_t, velocity, sigma, sigma_next)
-        return plan.kernel(x_t, velocity, sigma, sigma_next, sigma_max)
+            states = at_least_float32(x[start : start + chunk])
+            conditioning = self._conditioning(batch, sample[start : start + chunk])
+            at = sigma.expand(len(states)).to(self.device)
+            network = self.weights.network
+            parts.append(self._velocity(network, states, at, conditioning, guidance_scale))
+        return torch.cat(parts)
 
     def _velocity(
         self,
         network: nn.Module,
         x_t: Tensor,
         sigma: Tensor,
-        conditioning: tuple[dict[str, Tensor], dict[str, Tensor] | None],
+        conditioning: Conditioning,
         guidance_scale: float,
     ) -> Tensor:
         """Velocity, float32 at least; with guidance, both kinds of rows in one forward."""
@@ -315,9 +278,7 @@ class FlowPolicy:
         unconditional, conditional = at_least_float32(velocity).chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
 
-    def _conditioning(
-        self, batch: PromptBatch, samples: Tensor
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+    def _conditioning(self, batch: PromptBatch, samples: Tensor) -> Conditioning:
         assert self._table is not None, "call precompute with all prompts first"
         texts = [batch.prompts[i].text for i in samples.tolist()]
         return self._table.rows(texts, self.device), self._table.rows([""], self.device)
@@ -326,7 +287,12 @@ class FlowPolicy:
         noise = sample_noise(
             seed, ids, self.pipeline.latent_shape, stream=stream, device=self.device
         )
-        return noise.to(torch.promote_types(self.storage_dtype, torch.float32))
+        return noise.to(self._state_dtype)
+
+    @property
+    def _state_dtype(self) -> torch.dtype:
+        """In which transitions are computed: the storage dtype, float32 at least."""
+        return torch.promote_types(self.storage_dtype, torch.float32)
 
     def _rollout(
         self, batch: PromptBatch, latents: Tensor, evals: int, guidance_scale: float
@@ -346,18 +312,10 @@ class FlowPolicy:
         return torch.cat(parts)
 
 
-def _roots(batch: PromptBatch, *, shared: bool) -> tuple[Tensor, Tensor]:
-    """(first sample of every starting state [n], starting state of every sample [N])."""
-    if not shared:
-        everyone = torch.arange(len(batch))
-        return everyone, everyone
-    groups, node = torch.unique(batch.group_id, return_inverse=True)
-    first = torch.full((len(groups),), len(batch)).scatter_reduce(
-        0, node, torch.arange(len(batch)), "amin"
-    )
-    if not bool((node[1:] >= node[:-1]).all()):
-        raise ValueError("a batch must hold its groups in ascending, contiguous order")
-    return first, node
+def _density(log_prob: Tensor, std: Tensor, noisy: Tensor) -> Tensor:
+    """Log-probs [n] on the CPU; 0 where a step was deterministic or has no density."""
+    has_density = noisy & (std.reshape(len(std), -1)[:, 0].cpu() > 0)
+    return torch.where(has_density, log_prob.cpu(), 0.0)
 
 
 def _kept(batch: PromptBatch, plan: StepPlan) -> Tensor:
@@ -368,7 +326,3 @@ def _kept(batch: PromptBatch, plan: StepPlan) -> Tensor:
     draws = sample_uniform(batch.seed, batch.sample_id, (num,), stream=1 + plan.num_steps)
     rank = draws.argsort(dim=1).argsort(dim=1)
     return rank < plan.num_kept
-
-
-def _no_kernel(*_: Tensor) -> tuple[Tensor, Tensor]:
-    raise AssertionError("the deterministic sampler has no stochastic step")

@@ -37,6 +37,11 @@ class TokenTrajectory:
         """Network evaluations that scoring every decision takes: one per sample."""
         return len(self.tokens)
 
+    @property
+    def tree(self) -> None:
+        """No tree: sequences have nothing in common."""
+        return None
+
 
 class TokenPolicy:
     """Draws and scores token sequences of one length.
@@ -115,6 +120,7 @@ class TokenPolicy:
         decisions = Decisions(
             row=number,
             sample=number,
+            step=torch.zeros_like(number),
             old_log_prob=old_log_prob,
             mask=torch.ones_like(old_log_prob, dtype=torch.bool),
             sigma=no_sigma,

@@ -34,7 +34,7 @@ from flowrl.train.runfiles import write_json
 from flowrl.train.scoring import RewardSet
 from flowrl.train.step import Learner, StepResult, total
 from flowrl.train.track import METRICS, Tracker
-from flowrl.types import PromptBatch, Rollout, Scores
+from flowrl.types import PromptBatch, Rollout, Scores, Tree
 
 
 @dataclass
@@ -210,8 +210,8 @@ class Trainer:
         rollout_s = clock.lap() - rollout.decode_s
         scores = self.rewards.score(rollout.images, batch)
         reward_s = clock.lap()
-        advantages, metrics = self._advantages(scores, batch)
-        result = self.learner.learn(trajectory, batch, advantages, scores.valid)
+        advantages, valid, metrics = self._advantages(scores, batch, trajectory.tree)
+        result = self.learner.learn(trajectory, batch, advantages, valid)
         train_s = clock.lap()
         self._step += 1
         step_s = time.perf_counter() - clock.start
@@ -239,8 +239,13 @@ class Trainer:
             captions = [prompt.text for prompt in batch.prompts[:16]]
             self.tracker.log_images(self._step, "samples/train", rollout.images[:16], captions)
 
-    def _advantages(self, scores: Scores, batch: PromptBatch) -> tuple[Tensor, dict[str, float]]:
-        """This rank's advantages [N], made from the scores of all ranks, and reward metrics."""
+    def _advantages(
+        self, scores: Scores, batch: PromptBatch, tree: Tree | None
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """(advantages, which decisions count, reward metrics), made from all ranks' scores.
+
+        The first two are this rank's [N] or [N, T], as the learner takes them.
+        """
         gather = self._gather
         everyone = Scores(
             {name: gather(values) for name, values in scores.rewards.items()},
@@ -248,11 +253,18 @@ class Trainer:
             gather(scores.valid),
         )
         group_id = gather(batch.group_id)
-        advantages = self.method.advantage(everyone, group_id)
+        forest = None if tree is None else Tree(gather(tree.keys), gather(tree.log_prob))
+        advantages = self.method.advantage(everyone, group_id, forest)
+        valid = everyone.valid
+        if forest is not None:
+            if self.method.prune is not None:
+                valid = valid & self.method.prune(advantages, group_id, forest)
+            valid = forest.any_below(valid)
         share = len(batch)
         first = self.accelerator.process_index * share
+        mine = slice(first, first + share)
         metrics = reward_metrics(everyone, advantages, group_id)
-        return advantages[first : first + share], metrics
+        return advantages[mine], valid[mine], metrics
 
     def _counts(self, rollout: Rollout, result: StepResult, plan: Any) -> dict[str, float]:
         evals, rows = total(
@@ -389,18 +401,14 @@ def find_checkpoint(config: Config, run: Path) -> Path | None:
 
 def first_samples(batch: PromptBatch, num: int) -> PromptBatch:
     """The first samples of a batch."""
-    num = min(num, len(batch))
-    return PromptBatch(
-        batch.prompts[:num],
-        batch.group_id[:num],
-        batch.sample_id[:num],
-        batch.update[:num],
-        batch.seed,
-    )
+    return batch.select(torch.arange(min(num, len(batch))))
 
 
 def reward_metrics(scores: Scores, advantages: Tensor, group_id: Tensor) -> dict[str, float]:
-    """What is logged about a step's rewards; statistics are over valid samples."""
+    """What is logged about a step's rewards; statistics are over valid samples.
+
+    Of advantages [N, T], a group without any is counted, and the mean is over samples and steps.
+    """
     metrics: dict[str, float] = {}
     for name, values in scores.rewards.items():
         finite = values[values.isfinite()]
@@ -409,7 +417,9 @@ def reward_metrics(scores: Scores, advantages: Tensor, group_id: Tensor) -> dict
     summed = torch.stack([scores.rewards[n] * w for n, w in scores.weights.items()]).sum(0)
     summed = summed[scores.valid]
     _, index = torch.unique(group_id, return_inverse=True)
-    strength = torch.zeros(int(index.max()) + 1).index_add(0, index, advantages.abs().float())
+    strength = torch.zeros(int(index.max()) + 1).index_add(
+        0, index, advantages.abs().float().reshape(len(index), -1).sum(1)
+    )
     metrics |= {
         "train/reward_mean": _stat(summed, torch.mean),
         "train/reward_std": _stat(summed, lambda v: v.std(correction=0)),

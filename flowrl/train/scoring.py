@@ -108,6 +108,7 @@ class RewardSet:
             prompts=(prompt,) * num,
             group_id=torch.zeros(num, dtype=torch.int64),
             sample_id=torch.arange(num),
+            member=torch.arange(num),
             update=torch.zeros(num, dtype=torch.int64),
             seed=0,
         )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from flowrl.errors import NonFiniteError
 from flowrl.methods.spec import Loss, Method
-from flowrl.protocols import Policy, Trajectory
+from flowrl.protocols import Policy, Stepped, Trajectory
 from flowrl.types import Chunk, Decisions, Evaluation, PromptBatch
 
 
@@ -113,17 +113,19 @@ class Learner:
         Args:
             trajectory: what the rollout stored.
             batch: the samples.
-            advantages: [N], detached.
-            valid: bool [N], False = the sample is masked.
+            advantages: [N], or [N, T] of the step that each sample took; detached.
+            valid: bool [N] or [N, T], False = the decision is masked.
 
         Raises:
             NonFiniteError: a loss or gradient is not finite; the weights are as before the update.
         """
         data = trajectory.decisions
-        data = replace(data, mask=data.mask & _like(valid[data.sample], data.mask))
+        data = replace(data, mask=data.mask & _like(_per_decision(valid, data), data.mask))
         if self.recompute_old_log_prob:
             data = self._recomputed(trajectory, data)
-        advantage = _like(advantages[data.sample], data.mask).float().expand(data.mask.shape)
+        advantage = _like(_per_decision(advantages, data), data.mask).float()
+        advantage = advantage.expand(data.mask.shape)
+        weight = self._weight(trajectory, data)
         update_of = batch.update[data.sample]
         sums, norms, num_decisions, num_rows = Sums(), [], 0.0, 0
         for _ in range(self.epochs):
@@ -131,7 +133,7 @@ class Learner:
                 mine = update_of == update
                 denominator = total(self.accelerator, [float(data.mask[mine].sum())])[0]
                 num_decisions += denominator
-                chunks = self._chunks(data, advantage, mine)
+                chunks = self._chunks(data, advantage, weight, mine)
                 if chunks:
                     num_rows += sum(len(torch.unique(data.row[index])) for index, _ in chunks)
                     norms.append(self._update(trajectory, chunks, denominator, sums))
@@ -162,6 +164,7 @@ class Learner:
             with nullcontext() if is_last else accelerator.no_sync(self.network):
                 new = self.policy.evaluate(trajectory, index)
                 loss = self.method.objective(new, self._reference(trajectory, index), chunk)
+                loss = weighted(loss, chunk.weight)
                 value = self.method.aggregate(loss.values, chunk.decisions.mask, denominator)
                 if not torch.isfinite(value):
                     raise _not_finite(new, chunk)
@@ -184,7 +187,7 @@ class Learner:
         return norm
 
     def _chunks(
-        self, data: Decisions, advantage: Tensor, mine: Tensor
+        self, data: Decisions, advantage: Tensor, weight: Tensor | None, mine: Tensor
     ) -> list[tuple[Tensor, Chunk]]:
         """(index, chunk) pairs, as many on every rank: a rank with fewer adds masked ones.
 
@@ -197,7 +200,8 @@ class Learner:
         chunks = []
         for index in self._split(data.row, live.flatten()):
             part = data.select(index).to(device)
-            chunks.append((index, Chunk(part, advantage[index].to(device))))
+            mine_weight = None if weight is None else weight[index].to(device)
+            chunks.append((index, Chunk(part, advantage[index].to(device), mine_weight)))
         missing = int(highest(self.accelerator, len(chunks))) - len(chunks)
         if missing:
             first = data.select(torch.tensor([0])).to(device)
@@ -205,6 +209,14 @@ class Learner:
             filler = Chunk(masked, torch.zeros_like(first.old_log_prob))
             chunks += [(torch.tensor([0]), filler)] * missing
         return chunks
+
+    def _weight(self, trajectory: Trajectory, data: Decisions) -> Tensor | None:
+        """The method's weight of every decision [E], None where it has none."""
+        if self.method.weighting is None:
+            return None
+        if not isinstance(trajectory, Stepped):
+            raise ValueError(f"{self.method.name} weights sampler steps, and tokens have none")
+        return self.method.weighting(trajectory.plan, trajectory.sigmas).float()[data.step]
 
     def _split(self, row: Tensor, index: Tensor) -> list[Tensor]:
         """The decisions at `index`, cut so that no part has more than rows_per_chunk rows."""
@@ -218,8 +230,12 @@ class Learner:
     def _recomputed(self, trajectory: Trajectory, data: Decisions) -> Decisions:
         """The decisions with log-probs of the current weights, scored in the chunks of training."""
         parts = self._split(data.row, torch.arange(len(data.row)))
-        fresh = [self.policy.evaluate(trajectory, index).log_prob.cpu() for index in parts]
-        return replace(data, old_log_prob=torch.cat(fresh))
+        fresh = [self.policy.evaluate(trajectory, index) for index in parts]
+        data = replace(data, old_log_prob=torch.cat([each.log_prob.cpu() for each in fresh]))
+        if data.old_mean is None:
+            return data
+        means = [each.transition_mean.cpu() for each in fresh if each.transition_mean is not None]
+        return replace(data, old_mean=torch.cat(means))
 
     @torch.no_grad()
     def _reference(self, trajectory: Trajectory, index: Tensor) -> Evaluation | None:
@@ -228,6 +244,13 @@ class Learner:
             return None
         with self.policy.weights.use("reference"):
             return self.policy.evaluate(trajectory, index)
+
+
+def weighted(loss: Loss, weight: Tensor | None) -> Loss:
+    """The loss with its values times a weight per decision [E]; what is logged beside stays."""
+    if weight is None:
+        return loss
+    return replace(loss, values=loss.values * _like(weight, loss.values))
 
 
 def total(accelerator: Accelerator, values: list[float]) -> list[float]:
@@ -240,6 +263,11 @@ def highest(accelerator: Accelerator, value: float) -> float:
     """The highest of a value over all ranks."""
     tensor = torch.tensor([value], dtype=torch.float64).to(accelerator.device)
     return float(accelerator.gather(tensor).max())
+
+
+def _per_decision(values: Tensor, data: Decisions) -> Tensor:
+    """[E]: each decision's entry of values [N] per sample or [N, T] per sample and step."""
+    return values[data.sample] if values.ndim == 1 else values[data.sample, data.step]
 
 
 def _like(values: Tensor, shaped: Tensor) -> Tensor:

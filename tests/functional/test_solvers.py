@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flowrl.functional.sde import ode
-from flowrl.functional.solvers import dpmpp_2m
+from flowrl.functional.solvers import dpmpp_2m, resampled
 
 
 def scalar(value: float) -> Tensor:
@@ -105,3 +105,32 @@ def test_half_a_history_and_shapes_that_do_not_fit_are_refused() -> None:
         dpmpp_2m(x_t, x_t, 0.5, 0.2, previous_x0=x_t[:1], previous_sigma=0.8)
     with pytest.raises(ValueError, match="velocity must have the shape of x_t"):
         dpmpp_2m(x_t, x_t[:1], 0.5, 0.2)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
+@pytest.mark.parametrize("num_steps", [10, 25])
+def test_resampling_is_a_linspace_in_unshifted_time(shift: float, num_steps: int) -> None:
+    def shifted(u: torch.Tensor) -> torch.Tensor:
+        return shift * u / (1 + (shift - 1) * u)
+
+    sigmas = shifted(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64))
+    for first in range(num_steps):
+        for count in {1, (num_steps - first + 1) // 2, num_steps - first}:
+            u = torch.linspace(1 - first / num_steps, 0, count + 1, dtype=torch.float64)
+            points = resampled(sigmas, first, count)
+            torch.testing.assert_close(points, shifted(u), rtol=0, atol=1e-12)
+            assert points[0] == sigmas[first] and points[-1] == 0
+
+
+def test_resampling_follows_a_schedule_with_another_end() -> None:
+    sd3 = torch.tensor(
+        [1, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.278, 0.0089, 0]
+    )
+    for first in range(10):
+        for count in range(1, 11 - first):
+            points = resampled(sd3, first, count)
+            assert (points.diff() < 0).all() and points[0] == sd3[first] and points[-1] == 0
+        torch.testing.assert_close(resampled(sd3, first, 10 - first), sd3[first:])
+    for first, count in ((10, 1), (-1, 1), (3, 0), (3, 8)):
+        with pytest.raises(ValueError, match="first must be in"):
+            resampled(sd3, first, count)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,10 +19,11 @@ import torch
 from torch import Tensor
 
 from flowrl.methods import METHODS, Method
-from flowrl.methods.flow import dance_grpo, flow_grpo, mix_grpo
+from flowrl.methods.flow import dance_grpo, flow_grpo, flow_grpo_fast, mix_grpo, mix_grpo_flash
 from flowrl.methods.objectives import KLS, ClippedRatio, transition_kl
-from flowrl.methods.spec import KERNELS, StepPlan, TokenPlan
+from flowrl.methods.spec import KERNELS, StepPlan, Tail, TokenPlan, own_noise, shared_start
 from flowrl.methods.token import grpo
+from flowrl.methods.trees import branch_grpo, parent_keys, tempflow_grpo
 from flowrl.types import Chunk, Decisions, Evaluation, Scores
 
 FLOW = (flow_grpo, dance_grpo, mix_grpo)
@@ -47,14 +49,16 @@ def chunk(old_log_prob: Tensor, advantage: Tensor) -> Chunk:
     number = torch.arange(len(old_log_prob))
     mask = torch.ones_like(old_log_prob, dtype=torch.bool)
     half, quarter = torch.full((2, len(number)), 0.5) * torch.tensor([[1.0], [0.5]])
-    return Chunk(Decisions(number, number, old_log_prob, mask, half, quarter), advantage)
+    return Chunk(
+        Decisions(number, number, number * 0, old_log_prob, mask, half, quarter), advantage
+    )
 
 
 def test_flow_grpo_has_the_numbers_of_its_paper() -> None:
     method = flow_grpo()
     plan = method.plan(0)
     assert plan.num_steps == 10 and plan.stochastic == tuple(range(10))
-    assert plan.trained == tuple(range(9)) and plan.num_kept == 9 and not plan.shared_noise
+    assert plan.trained == tuple(range(9)) and plan.num_kept == 9 and plan.keys is own_noise
     # g = .7 at sigma = .5; drift .5 + .49 / (2 * .5) * 1.25 = 1.1125; std .7 * sqrt(.25).
     assert transition(plan, 0.5, 0.25) == pytest.approx((1 - 0.25 * 1.1125, 0.35), abs=1e-12)
     # At sigma = 1 the second sigma replaces it in the denominator: std is noise_level.
@@ -72,7 +76,7 @@ def test_dance_grpo_has_the_numbers_of_its_paper() -> None:
     method = dance_grpo()
     plan = method.plan(0)
     assert plan.num_steps == 16 and plan.stochastic == tuple(range(16))
-    assert plan.trained == tuple(range(15)) and plan.shared_noise
+    assert plan.trained == tuple(range(15)) and plan.keys is shared_start
     assert plan.trained_fraction == 0.6 and plan.num_kept == 9
     # drift .5 + .09 / (2 * .5) * 1.25 = .6125; std .3 * sqrt(.25).
     assert transition(plan, 0.5, 0.25) == pytest.approx((1 - 0.25 * 0.6125, 0.15), abs=1e-12)
@@ -83,7 +87,7 @@ def test_mix_grpo_has_the_numbers_of_its_paper() -> None:
     method = mix_grpo()
     plan = method.plan(0)
     assert plan.num_steps == 25 and plan.stochastic == plan.trained == (0, 1, 2, 3)
-    assert plan.shared_noise and plan.num_kept == 4
+    assert plan.keys is shared_start and plan.num_kept == 4
     assert method.plan(24).trained[0] == 0 and method.plan(25).trained == (1, 2, 3, 4)
     assert method.plan(10_000).trained == (20, 21, 22, 23)  # stays, one step before the end
     assert transition(plan, 0.5, 0.25) == pytest.approx((1 - 0.25 * 1.1125, 0.35), abs=1e-12)
@@ -178,6 +182,67 @@ OTHER: dict[str, dict[str, Any]] = {
         "kl_coef": 0.017,
         "shared_noise": False,
     },
+    "flow_grpo_fast": {
+        "num_steps": 14,
+        "window": 2,
+        "window_end": 4,
+        "window_seed": 31,
+        "kernel": "dance_sde",
+        "noise_level": 0.31,
+        "clip_range": 0.013,
+        "advantage_std": "group",
+        "advantage_clip": 3.25,
+        "kl": "code",
+        "kl_coef": 0.017,
+        "shared_noise": True,
+    },
+    "mix_grpo_flash": {
+        "frozen": True,
+        "tail_ratio": 0.37,
+        "tail_count": "code",
+        "num_steps": 7,
+        "window": 3,
+        "stride": 2,
+        "interval": 19,
+        "kernel": "cps",
+        "noise_level": 0.31,
+        "clip_range": 0.013,
+        "advantage_clip": 3.25,
+        "kl": "code",
+        "kl_coef": 0.017,
+        "shared_noise": False,
+    },
+    "branch_grpo": {
+        "num_steps": 17,
+        "splits": (0, 5),
+        "factor": 3,
+        "noise_scale": 2.5,
+        "kernel": "cps",
+        "noise_level": 0.31,
+        "fusion": "path_prob",
+        "width_pruning": "parent_top1",
+        "num_extremes": 3,
+        "depth_pruning": True,
+        "depth_window": 5,
+        "depth_interval": 31,
+        "depth_stop": 13,
+        "mix": True,
+        "mix_window": 6,
+        "mix_interval": 23,
+        "clip_range": 0.013,
+        "advantage_clip": 3.25,
+    },
+    "tempflow_grpo": {
+        "num_steps": 7,
+        "num_seeds": 3,
+        "num_branches": 5,
+        "kernel": "dance_sde",
+        "noise_level": 0.31,
+        "clip_range": 0.013,
+        "advantage_clip": 3.25,
+        "kl": "code",
+        "kl_coef": 0.017,
+    },
     "grpo": {
         "clip_low": 0.13,
         "clip_high": 0.27,
@@ -188,7 +253,13 @@ OTHER: dict[str, dict[str, Any]] = {
 }
 IN_FORCE_WITH = {
     "exp_threshold": {"strategy": "exp_decay"},
-    "window_seed": {"strategy": "random"},
+    "mix_grpo.window_seed": {"strategy": "random"},
+    "num_extremes": {"width_pruning": "extreme"},
+    "depth_window": {"depth_pruning": True},
+    "depth_interval": {"depth_pruning": True},
+    "depth_stop": {"depth_pruning": True},
+    "mix_window": {"mix": True},
+    "mix_interval": {"mix": True},
 }
 
 
@@ -197,7 +268,7 @@ def test_describe_prints_every_argument(name: str) -> None:
     make = METHODS[name]
     assert list(inspect.signature(make).parameters) == list(OTHER[name])
     for argument, value in OTHER[name].items():
-        company = IN_FORCE_WITH.get(argument, {})
+        company = IN_FORCE_WITH.get(f"{name}.{argument}", IN_FORCE_WITH.get(argument, {}))
         rows = make(**company, **{argument: value}).describe()
         assert rows != make(**company).describe(), f"{argument} is not printed"
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -229,6 +300,15 @@ def test_describe_prints_the_numbers_that_are_no_arguments() -> None:
         *((make, {"clip_range": 0.0}, "clip_range must be positive") for make in FLOW),
         *((make, {"advantage_clip": -5.0}, "advantage_clip must be positive") for make in FLOW),
         (flow_grpo, {"kernel": "cps", "noise_level": 1.2}, r"cps must be in \(0, 1\], got 1.2"),
+        (mix_grpo_flash, {"tail_ratio": 1.5}, r"ratio of the tail must be in \(0, 1\]"),
+        (flow_grpo_fast, {"window": 6}, "window=6 does not fit before window_end=5"),
+        (branch_grpo, {"splits": (3, 0)}, "must be ascending steps"),
+        (branch_grpo, {"splits": (0, 19)}, r"ascending steps in \[0, 18\]"),
+        (branch_grpo, {"factor": 1}, "factor=1 does not branch"),
+        (branch_grpo, {"depth_pruning": True, "depth_stop": 16}, "use 9 to 15"),
+        (branch_grpo, {"depth_pruning": True, "splits": (3,)}, "two splits or more"),
+        (tempflow_grpo, {"num_steps": 1}, "leaves no step to branch at"),
+        (tempflow_grpo, {"num_seeds": 0}, "num_seeds must be positive"),
         (flow_grpo, {"kl_coef": -0.1}, "kl_coef must not be negative"),
         (mix_grpo, {"kl_coef": -0.1}, "kl_coef must not be negative"),
         (grpo, {"kl_coef": -0.1}, "kl_coef must not be negative"),
@@ -259,6 +339,44 @@ def test_a_step_plan_that_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         StepPlan(4, KERNELS["cps"](0.5), stochastic, trained)
+
+
+def test_the_tree_methods_have_the_numbers_of_their_papers() -> None:
+    branch = branch_grpo().plan(0)
+    assert branch.group_size == 16 and branch.stochastic == tuple(range(20))
+    assert branch.trained == tuple(range(19)) and branch.mix is not None
+    assert branch.mix.scale == 4 and isinstance(branch.mix.keys, partial)
+    assert branch.mix.keys.func is parent_keys
+    pruned = branch_grpo(depth_pruning=True)
+    assert pruned.plan(29).trained == (*range(9), *range(13, 19))
+    assert pruned.plan(30).trained == (*range(10), *range(14, 19))
+    assert pruned.plan(9999).trained == tuple(range(15))
+    hybrid = branch_grpo(mix=True)
+    assert hybrid.plan(0).stochastic == hybrid.plan(0).trained == (0, 1, 2, 3, 6, 9)
+    assert hybrid.plan(25 * 4).trained == (0, 3, 4, 5, 6, 7, 9)
+    temp = tempflow_grpo().plan(0)
+    assert temp.group_size == 4 * 9 * 6 and temp.trained == tuple(range(9))
+    flash, star = mix_grpo_flash().plan(0), mix_grpo_flash(frozen=True).plan(999)
+    assert flash.tail == Tail(0.4) and mix_grpo_flash().plan(20).trained == (1, 2, 3, 4)
+    assert star.tail == Tail(0.2) and star.trained == (0, 1, 2, 3)
+    fast = flow_grpo_fast()
+    starts = {fast.plan(step).trained[0] for step in range(100)}
+    assert starts == {0, 1, 2} and fast.plan(3).stochastic == fast.plan(3).trained
+
+
+def test_the_tail_is_as_long_as_paper_and_code_say() -> None:
+    # Reference: the code's evaluations at r = .4, T = 25, w = 4 and l = 0, 1, ... (without its bug,
+    # one step at least); the paper's ceil.
+    code = [11, 12, 13, 13, 14, 14, 15, 16, 16, 17, 17, 18]
+    for start, evals in enumerate(code):
+        assert start + 4 + Tail(0.4, "code").num_steps(21 - start) == evals
+    assert 4 + Tail(0.2, "code").num_steps(21) == 7
+    for start in range(21):
+        assert Tail(0.4).num_steps(21 - start) == -(-(21 - start) * 4 // 10)
+        assert Tail(0.2, "code").num_steps(21 - start) >= 1
+    assert Tail(0.1).num_steps(30) == 3
+    with pytest.raises(ValueError, match="nothing is left for a tail"):
+        StepPlan(4, KERNELS["cps"](0.5), (3,), (), tail=Tail(0.5))
 
 
 def test_the_objective_by_hand() -> None:

@@ -21,6 +21,7 @@ from flowrl.data.noise import sample_noise
 from flowrl.data.sampler import GroupSampler
 from flowrl.functional.aggregate import aggregate
 from flowrl.methods import METHODS, Method
+from flowrl.methods.spec import shared_start
 from flowrl.policies.flow import FlowPolicy, FlowTrajectory
 from flowrl.policies.token import TokenPolicy
 from flowrl.policies.weights import FullWeights
@@ -61,6 +62,15 @@ CASES = {
         "flow_grpo", {"num_steps": 4, "advantage_std": "group"}, "flow_sde", guidance_scale=3.0
     ),
     "dance_grpo": Case("dance_grpo", {"num_steps": 6}, "dance_sde"),
+    "flow_grpo_fast": Case(
+        "flow_grpo_fast", {"num_steps": 8, "window": 2, "clip_range": 1e-4}, "cps", step=2
+    ),
+    "flow_grpo_fast from one start": Case(
+        "flow_grpo_fast",
+        {"num_steps": 8, "window": 2, "clip_range": 1e-4, "shared_noise": True},
+        "cps",
+        step=2,
+    ),
     "mix_grpo at 0": Case("mix_grpo", {"num_steps": 8, "window": 3, "interval": 1}, "flow_sde"),
     "mix_grpo at 3 with KL": Case(
         "mix_grpo",
@@ -69,7 +79,7 @@ CASES = {
         step=3,
     ),
 }
-NOISE_LEVEL = {"flow_grpo": 0.7, "dance_grpo": 0.3, "mix_grpo": 0.7}
+NOISE_LEVEL = {"flow_grpo_fast": 0.8, "flow_grpo": 0.7, "dance_grpo": 0.3, "mix_grpo": 0.7}
 
 
 def float64(values: Sequence[float]) -> Tensor:
@@ -142,7 +152,7 @@ def naive_chains(
 ) -> oracles.Chains:
     """The rollout again, each sample for itself, from the noise that belongs to it."""
     plan = case.method.plan(case.step)
-    keys = batch.group_id if plan.shared_noise else batch.sample_id
+    keys = batch.group_id if plan.keys is shared_start else batch.sample_id
 
     def draw(ids: Tensor, stream: int) -> Tensor:
         return sample_noise(batch.seed, ids, (2,), stream=stream, dtype=torch.float64)
@@ -178,7 +188,7 @@ def test_a_flow_method_equals_its_oracle(case: Case) -> None:
     torch.testing.assert_close(rollout.images, policy.pipeline.decode(ends))
 
     rewards, groups = two_rewards(len(batch)), batch.group_id.tolist()
-    if case.name == "flow_grpo":
+    if case.name in ("flow_grpo", "flow_grpo_fast"):
         scope = case.args.get("advantage_std", "global")
         expected_advantages = oracles.summed_advantages(rewards, groups, WEIGHTS, scope)
     else:

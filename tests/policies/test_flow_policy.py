@@ -21,7 +21,7 @@ from flowrl.errors import DataError
 from flowrl.functional import sde
 from flowrl.functional.ratios import importance_ratio
 from flowrl.methods.flow import dance_grpo, flow_grpo, mix_grpo
-from flowrl.methods.spec import StepPlan
+from flowrl.methods.spec import StepPlan, shared_start
 from flowrl.policies.flow import FlowPolicy, FlowTrajectory
 from flowrl.types import PromptBatch
 from tests.policies.toy_flow import GROUPS, SIZE, counted, make_batch, make_policy, perturb
@@ -143,7 +143,7 @@ def test_only_the_states_that_training_needs_are_stored(plan: Callable[[], StepP
     scored = [i for i, level in enumerate(trajectory.levels) if level.log_prob is not None]
     assert scored == [step + 1 for step in trained]
     first = trajectory.levels[trained[0]]
-    shared = plan().shared_noise and min(plan().stochastic) == trained[0]
+    shared = plan().keys is shared_start and min(plan().stochastic) == trained[0]
     assert len(first.states) == (GROUPS if shared else N)
 
 
@@ -177,18 +177,8 @@ def test_a_sample_does_not_depend_on_its_company(plan: Callable[[], StepPlan]) -
     batch = make_batch()
     whole, _ = make_policy().rollout(batch, plan())
     for chosen in ([7], [0, 3, 4, 11]):
-        part, _ = make_policy().rollout(select(batch, torch.tensor(chosen)), plan())
+        part, _ = make_policy().rollout(batch.select(torch.tensor(chosen)), plan())
         torch.testing.assert_close(part.images, whole.images[chosen])
-
-
-def select(batch: PromptBatch, chosen: Tensor) -> PromptBatch:
-    return PromptBatch(
-        tuple(batch.prompts[i] for i in chosen.tolist()),
-        batch.group_id[chosen],
-        batch.sample_id[chosen],
-        batch.update[chosen],
-        batch.seed,
-    )
 
 
 def same_log_probs(one: FlowTrajectory, other: FlowTrajectory) -> None:
@@ -217,10 +207,14 @@ def test_a_group_shares_its_starting_noise_or_does_not() -> None:
         assert len(rollout.images.flatten(1).unique(dim=0)) == N
 
 
-def test_an_interrupted_group_cannot_share_a_start() -> None:
-    batch = select(make_batch(), torch.tensor([4, 0, 5]))
-    with pytest.raises(ValueError, match="ascending, contiguous order"):
-        make_policy().rollout(batch, PLANS["mix_grpo at 0"]())
+def test_an_interrupted_group_still_shares_its_start() -> None:
+    # Rows are ordered by state, not by sample, so a batch may hold its samples in any order.
+    whole, _ = make_policy().rollout(make_batch(), PLANS["mix_grpo at 2"]())
+    chosen = torch.tensor([4, 0, 5])
+    part, trajectory = make_policy().rollout(make_batch().select(chosen), PLANS["mix_grpo at 2"]())
+    assert part.network_evals == 2 * 3 + 3 * 5  # two groups up to step 2, three samples after it
+    torch.testing.assert_close(part.images, whole.images[chosen])
+    assert (trajectory.decisions.row.diff() >= 0).all()
 
 
 def test_dance_trains_its_own_random_steps_of_each_sample() -> None:
@@ -345,7 +339,7 @@ def test_sample_is_deterministic_and_does_not_depend_on_the_training_state() -> 
     # Of the batch only prompts, sample ids and the seed matter: not the group, not the company.
     regrouped = replace(batch, group_id=batch.group_id.flip(0) + 9, update=batch.update + 1)
     assert torch.equal(draw(regrouped), before)
-    torch.testing.assert_close(draw(select(batch, torch.tensor([9, 2]))), before[[9, 2]])
+    torch.testing.assert_close(draw(batch.select(torch.tensor([9, 2]))), before[[9, 2]])
     assert not torch.equal(draw(replace(batch, seed=batch.seed + 1)), before)
     torch.set_rng_state(state)
 

@@ -24,6 +24,7 @@ def batch(num: int = 5, group_id: list[int] | None = None) -> PromptBatch:
         prompts=tuple(Prompt(f"prompt {i}", {"bonus": i}) for i in range(num)),
         group_id=torch.tensor(group_id or [0] * num),
         sample_id=torch.arange(num),
+        member=torch.arange(num),
         update=torch.zeros(num, dtype=torch.int64),
         seed=0,
     )
@@ -261,6 +262,7 @@ def test_the_toys_rewards_read_what_their_pipelines_draw() -> None:
         prompts=tuple(Prompt(name) for name in names),
         group_id=torch.arange(5),
         sample_id=torch.arange(5),
+        member=torch.zeros(5, dtype=torch.int64),
         update=torch.zeros(5, dtype=torch.int64),
         seed=0,
     )
@@ -280,6 +282,7 @@ def test_the_toys_rewards_read_what_their_pipelines_draw() -> None:
         prompts=chosen,
         group_id=torch.zeros(2, dtype=torch.int64),
         sample_id=torch.arange(2),
+        member=torch.arange(2),
         update=torch.zeros(2, dtype=torch.int64),
         seed=0,
     )

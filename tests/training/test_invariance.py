@@ -13,15 +13,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flowrl.errors import ConfigError
 from flowrl.train.track import read_metrics
-from tests.training.toy_run import FLOW, TOKEN, toy_trainer, write_config
+from tests.training.toy_run import FLOW, TOKEN, TREE, toy_trainer, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
-SHORT = ["run.steps=3", "optim.updates_per_rollout=2", "method.args.kl_coef=0.05"]
+SHORT = ["run.steps=3", "optim.updates_per_rollout=2"]
+WITH_KL = "method.args.kl_coef=0.05"
+
+
+def short(text: str) -> list[str]:
+    return SHORT if text is TREE else [*SHORT, WITH_KL]
 
 
 def trained(folder: Path, text: str, *overrides: str) -> dict[str, torch.Tensor]:
-    toy_trainer(write_config(folder, text), *SHORT, *overrides).run()
+    toy_trainer(write_config(folder, text), *short(text), *overrides).run()
     return load_file(next((folder / "runs/toy/final").rglob("*.safetensors")))
 
 
@@ -35,7 +41,7 @@ def largest_difference(one: dict, two: dict) -> float:
 ROUNDING = 1e-4
 
 
-@pytest.mark.parametrize("text", [FLOW, TOKEN], ids=["flow", "token"])
+@pytest.mark.parametrize("text", [FLOW, TOKEN, TREE], ids=["flow", "token", "tree"])
 def test_result_does_not_depend_on_chunks(text, tmp_path):
     whole = trained(tmp_path / "whole", text)
     small = ["compute.micro_batch_size=7", "compute.rollout_batch_size=5"]
@@ -44,13 +50,13 @@ def test_result_does_not_depend_on_chunks(text, tmp_path):
     assert largest_difference(whole, cut) < ROUNDING
 
 
-@pytest.mark.parametrize("text", [FLOW, TOKEN], ids=["flow", "token"])
+@pytest.mark.parametrize("text", [FLOW, TOKEN, TREE], ids=["flow", "token", "tree"])
 def test_one_and_two_processes_train_the_same_weights(text, tmp_path):
     alone = trained(tmp_path / "alone", text)
     config = write_config(tmp_path / "pair", text)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-        str(ROOT / "tests/training/toy_run.py"), str(config), *SHORT,
+        str(ROOT / "tests/training/toy_run.py"), str(config), *short(text),
     ]  # fmt: skip
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
@@ -75,3 +81,8 @@ def test_evaluation_and_images_do_not_change_training(tmp_path):
         "checkpoint.every=0",
     )  # fmt: skip
     assert largest_difference(quiet, busy) == 0
+
+
+def test_groups_that_do_not_fit_the_tree_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"grows 4 samples .* set data\.group_size=4"):
+        toy_trainer(write_config(tmp_path, TREE), "data.group_size=8")

@@ -38,6 +38,21 @@ eval: {data: toy, num_steps: 6, samples_per_prompt: 8}
 checkpoint: {every: 1, keep: 2}
 """
 
+TREE = """
+run: {name: toy, steps: 6}
+model: {pipeline: toy, id: toy}
+method:
+  name: branch_grpo
+  args: {num_steps: 6, splits: [0, 2], fusion: path_prob, width_pruning: parent_top1,
+         clip_range: 0.2}
+data: {train: toy, num_groups: 8, group_size: 4}
+rewards: [{name: target}]
+optim: {lr: 0.01}
+compute: {micro_batch_size: 96, rollout_batch_size: 64, decode_batch_size: 64}
+eval: {data: toy, num_steps: 6, samples_per_prompt: 8}
+checkpoint: {every: 1, keep: 2}
+"""
+
 TOKEN = """
 run: {name: toy, steps: 6}
 model: {pipeline: toy, id: toy}
@@ -83,6 +98,7 @@ def toy_parts(config: Config) -> build.Parts:
         [("target", TargetReward(), 1.0) if is_flow else ("symbol", SymbolReward(), 1.0)]
     )
     sampler = build.build_sampler(config, prompts, accelerator)
+    build.check_groups(method, sampler, "toy.yaml")
     return build.Parts(
         config, accelerator, method, policy, reward, reward, prompts, prompts, sampler
     )
