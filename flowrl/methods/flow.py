@@ -127,6 +127,7 @@ def mix_grpo(
     *,
     num_steps: int = 25,
     window: int = 4,
+    window_end: int | None = None,
     stride: int = 1,
     interval: int = 25,
     strategy: Strategy = "progressive",
@@ -146,11 +147,13 @@ def mix_grpo(
     Paper: MixGRPO, arXiv:2507.21802, section 4. The group shares its starting noise, so everything
     before the window is computed once per group. Rewards are normalised one by one in their group
     (with the published code's eps=1e-8, ddof=1) and then summed. Differs: see `windows`; the window
-    stops one step before the end, because the last step is never trained.
+    stops before step window_end, None = the last step, which is never trained. A window that comes
+    to the low noise levels can undo what it learnt: their Gaussians are sharp.
     """
     require_positive(noise_level=noise_level, clip_range=clip_range, advantage_clip=advantage_clip)
+    end = _window_end(window_end, num_steps - 1, num_steps, window)
     sliding = SlidingWindow(
-        num_steps - 1, window, stride, interval, strategy, roll_back, exp_threshold, window_seed
+        end, window, stride, interval, strategy, roll_back, exp_threshold, window_seed
     )
     make_kernel = KERNELS[kernel](noise_level)
 
@@ -170,7 +173,7 @@ def mix_grpo(
         numbers={
             "sampler steps": num_steps,
             "kernel": f"{kernel}(noise_level={noise_level})",
-            "stochastic steps": f"a window of {window} in 0 to {num_steps - 2}",
+            "stochastic steps": f"a window of {window} in 0 to {end - 1}",
             "trained steps": "the window",
             "window's position": sliding.words,
             "shared noise in a group": shared_noise,
@@ -260,12 +263,7 @@ def flow_grpo_fast(
         kl_coef=kl_coef,
         shared_noise=shared_noise,
     )
-    end = num_steps // 2 if window_end is None else window_end
-    if not window <= end <= num_steps - 1:
-        raise ValueError(
-            f"window={window} does not fit before window_end={end}; window_end may be {window} to "
-            f"{num_steps - 1}"
-        )
+    end = _window_end(window_end, num_steps // 2, num_steps, window)
     sliding = SlidingWindow(end, window, strategy="random", seed=window_seed)
 
     def plan(step: int) -> StepPlan:
@@ -285,6 +283,17 @@ def flow_grpo_fast(
             "window's position": sliding.words,
         },
     )
+
+
+def _window_end(given: int | None, default: int, num_steps: int, window: int) -> int:
+    """The step before which a window of steps stops."""
+    end = default if given is None else given
+    if given is not None and not window <= end <= num_steps - 1:
+        raise ValueError(
+            f"window={window} does not fit before window_end={end}; window_end may be {window} to "
+            f"{num_steps - 1}"
+        )
+    return end
 
 
 def _all_but_last(num_steps: int) -> tuple[int, ...]:

@@ -89,6 +89,7 @@ class ForwardTrajectory:
         return Decisions(
             row=torch.arange(num),
             sample=self._order // self.plan.num_draws,
+            step=torch.zeros(num, dtype=torch.int64),
             old_log_prob=torch.zeros(num),
             mask=torch.ones(num, dtype=torch.bool),
             sigma=self._sigma_of_unit[self.unit],
