@@ -75,6 +75,7 @@ def test_defaults_are_those_of_the_schema(write: Write) -> None:
             "steps": 10,
             "resume": None,
             "max_minutes": None,
+            "max_evaluations": None,
         },
         "model": {
             "pipeline": "sd3",

@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -154,7 +155,8 @@ def interpolated(points: Sequence[Point], x: float) -> float | None:
     known = [point for point in points if not math.isnan(point[0])]
     if not known or not known[0][0] <= x <= known[-1][0]:
         return None
-    return float(np.interp(x, *zip(*known, strict=True)))
+    xs, ys = [each for each, _ in known], [each for _, each in known]
+    return float(np.interp(x, xs, ys))
 
 
 def mean_curve(curves: Sequence[Curve], axis: Axis) -> tuple[list[Point], list[float]]:
@@ -245,17 +247,20 @@ def _scores(curves: dict[str, list[Curve]], common: dict[Axis, float]) -> list[Q
         *_line(curves, "start", "before training", "score", 3, lambda c: c.first(_SCORE)),
         *_line(curves, "end", "at the end", "score", 3, lambda c: c.final(_SCORE)),
     ]
-    for axis, label in (
-        ("seconds", "after {:.3g} s of training"),
-        ("steps", "after {:g} steps"),
-        ("evaluations", "after {:.4g} network evaluations"),
-    ):
+    labels: dict[Axis, str] = {
+        "seconds": "after {:.3g} s of training",
+        "steps": "after {:g} steps",
+        "evaluations": "after {:.4g} network evaluations",
+    }
+    for axis, label in labels.items():
         if axis in common and math.isfinite(common[axis]):
-            lines += _line(
-                curves, f"at_equal_{axis}", label.format(common[axis]), "score", 3,
-                lambda c, axis=axis: interpolated(c.points(axis), common[axis]),
-            )  # fmt: skip
+            at, spent = partial(_score_at, axis=axis, spent=common[axis]), common[axis]
+            lines += _line(curves, f"at_equal_{axis}", label.format(spent), "score", 3, at)
     return lines
+
+
+def _score_at(curve: Curve, *, axis: Axis, spent: float) -> float | None:
+    return interpolated(curve.points(axis), spent)
 
 
 def _other_metrics(curves: dict[str, list[Curve]]) -> list[Quantity]:
@@ -275,7 +280,7 @@ def _other_metrics(curves: dict[str, list[Curve]]) -> list[Quantity]:
         is_skill = name.startswith("skill/")
         label = name.removeprefix("skill/").replace("_", " ") if is_skill else name
         group = "skill" if is_skill else "eval"
-        lines += _line(curves, key, label, group, 3, lambda c, key=key: c.final(key))
+        lines += _line(curves, key, label, group, 3, partial(Curve.final, key=key))
     return lines
 
 

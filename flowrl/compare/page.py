@@ -193,10 +193,11 @@ def seeds_note(results: Results) -> str:
 def _plots(results: Results) -> list[tuple[Panel, str, list[Series]]]:
     """Score over training time and over network evaluations: panel, label of x, curves."""
     plots = []
-    for axis, title, label in (
+    shown: tuple[tuple[Axis, str, str], ...] = (
         ("seconds", "Score over training time", "training time, s"),
         ("evaluations", "Score over network evaluations", "network evaluations"),
-    ):
+    )
+    for axis, title, label in shown:
         scale = 1.0
         if axis == "seconds" and results.common["seconds"] >= _MINUTES_FROM:
             scale, label = 60.0, "training time, min"
