@@ -342,7 +342,7 @@ def build_rewards(rewards: Sequence[RewardConfig], *, where: str) -> RewardSet:
     built = []
     for reward in rewards:
         try:
-            built.append((reward.name, load(reward.name, **reward.args), reward.weight))
+            built.append((reward.label, load(reward.name, **reward.args), reward.weight))
         except (LookupError, ValueError, TypeError, ImportError) as error:
             text = error.args[0] if error.args else error
             raise ConfigError(f"{where}: {reward.name}: {text}") from error

@@ -9,7 +9,7 @@ checked against the function that will receive them by `check_call`.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -152,6 +152,14 @@ class RewardConfig(Record):
     weight: float = Field(default=1.0, description="factor in the weighted sum")
     args: Args = Field(default_factory=dict, description="arguments of the reward's constructor")
 
+    @property
+    def label(self) -> str:
+        """What metrics call it: of "a/b.py:score", "b.score"; of "a.b:Score", "a.b.Score"."""
+        origin, colon, attribute = self.name.rpartition(":")
+        if not colon:
+            return self.name
+        return f"{PurePath(origin).name.removesuffix('.py')}.{attribute}"
+
 
 class OptimConfig(Record):
     """AdamW, its schedule, and how a rollout is split into updates."""
@@ -291,7 +299,7 @@ class Config(Record):
                 f"({self.run.steps} steps x {updates} x {self.optim.epochs} epochs); lower it"
             )
         for key, rewards in (("rewards", self.rewards), ("eval.rewards", self.eval.rewards or ())):
-            names = [reward.name for reward in rewards]
+            names = [reward.label for reward in rewards]
             for name in names:
                 if names.count(name) > 1:
                     raise ValueError(

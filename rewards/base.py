@@ -7,7 +7,7 @@ inherits from anything.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +21,7 @@ class Reward(Protocol):
     """Scores a batch.
 
     Attributes:
-        inputs: which of "images", "prompts" and "metadata" are read; the others may be empty.
+        inputs: which of "images", "prompts" and "metadata" it reads; it is given no others.
         scope: "sample" if a score depends on its own sample only.
         range: (low, high) of the scores, infinite where unbounded.
         higher_is_better: True; a cost is negated by its reward.
@@ -32,10 +32,13 @@ class Reward(Protocol):
     range: tuple[float, float]
     higher_is_better: bool
 
-    def score(
-        self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
-    ) -> Tensor:
-        """Scores, float32 [B], of images float [B, 3, H, W] in [0, 1]; NaN: not to be scored."""
+    def score(self, **inputs: Any) -> Tensor:
+        """Scores, float32 [B]; NaN: not to be scored.
+
+        Args:
+            inputs: those declared, by name: images float [B, 3, H, W] in [0, 1], prompts as B
+                strings, metadata as B mappings.
+        """
         ...
 
 
@@ -65,15 +68,12 @@ class FunctionReward:
                 f"expected at least one parameter named {', '.join(INPUTS)}"
             )
 
-    def score(
-        self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
-    ) -> Tensor:
-        """The function's scores, float32 [B].
+    def score(self, **given: Any) -> Tensor:
+        """The function's scores, float32 [B], of `given`: at least the inputs it declares.
 
         Raises:
             ValueError: if the function does not return one number per sample.
         """
-        given = {"images": images, "prompts": prompts, "metadata": metadata}
         chosen = {name: given[name] for name in self.inputs}
         scores = torch.as_tensor(self._function(**chosen, **self._args), dtype=torch.float32)
         expected = len(chosen[self.inputs[0]])

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import (
     AutoencoderKL,
@@ -28,6 +29,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import (
@@ -39,7 +41,8 @@ from transformers import (
 )
 
 from rewards.shapes.grammar import SKILLS, requests, sample_scene, split
-from rewards.shapes.render import render
+from rewards.shapes.render import Scene, render
+from rewards.shapes.vocabulary import COLORS, IMAGE_SIZE, SHAPES, coverage
 
 # How often each skill is drawn for training: what is hard to read is drawn more often.
 SHARES = {
@@ -188,37 +191,73 @@ def build_pipeline(vae: AutoencoderKL, seed: int) -> StableDiffusion3Pipeline:
     )
 
 
+def what_is_where(scene: Scene) -> NDArray[np.float32]:
+    """What every token of the transformer shows: two distributions, of shapes and of colours.
+
+    Returns:
+        float32 [15, 8, 8]: shares of a token's 8 x 8 pixels; first of "nothing" and of every shape,
+        then of "nothing" and of every colour. An object's place is the disc around it.
+    """
+    found = np.zeros((2 + len(SHAPES) + len(COLORS), 8, 8), np.float32)
+    shapes, colors = list(SHAPES), list(COLORS)
+    for item in scene.objects:
+        disc = coverage("circle", IMAGE_SIZE, center=(item.x, item.y), radius=item.radius)
+        share = disc.reshape(8, 8, 8, 8).mean(axis=(1, 3))
+        found[1 + shapes.index(item.shape)] += share
+        found[2 + len(shapes) + colors.index(item.color)] += share
+    found[0] = found[1 + len(shapes)] = 1 - found[1 : 1 + len(shapes)].sum(axis=0)
+    return found
+
+
 def cache_latents(
     folder: Path, *, num: int, seed: int, error_rate: float
-) -> tuple[list[str], Tensor]:
-    """(captions, latents [num, 4, 16, 16]) of train prompts, wrong at `error_rate`; cached."""
+) -> tuple[list[str], Tensor, Tensor]:
+    """Train prompts, wrong at `error_rate`, and their pictures; cached.
+
+    Returns:
+        Captions, latents [num, 4, 16, 16], and `what_is_where` [num, 15, 8, 8].
+    """
     path = folder / "latents.pt"
     if path.exists():
         cached = torch.load(path, weights_only=True)
-        return cached["captions"], cached["latents"].float()
+        return cached["captions"], cached["latents"].float(), cached["where"].float()
     vae = AutoencoderKL.from_pretrained(folder / "vae")
     rng = np.random.default_rng((seed, num))
     pools = {skill: split(skill, held_out=False) for skill in SKILLS}
     shares = np.array([SHARES[skill] for skill in SKILLS], float)
     captions: list[str] = []
     latents: list[Tensor] = []
+    where: list[NDArray[np.float32]] = []
     for _ in range(0, num, 100):
         skills = rng.choice(SKILLS, size=100, p=shares / shares.sum())
         drawn = [pools[skill][rng.integers(len(pools[skill]))] for skill in skills]
-        pixels = np.stack([render(sample_scene(r, rng, error_rate=error_rate), rng) for r in drawn])
+        pixels = []
+        for request in drawn:
+            scene = sample_scene(request, rng, error_rate=error_rate)
+            pixels.append(render(scene, rng))
+            where.append(what_is_where(scene))
         captions += [request.prompt for request in drawn]
         with torch.no_grad():
-            mean = vae.encode(torch.from_numpy(pixels) * 2 - 1).latent_dist.mean
+            mean = vae.encode(torch.from_numpy(np.stack(pixels)) * 2 - 1).latent_dist.mean
         latents.append((mean - vae.config.shift_factor) * vae.config.scaling_factor)
-    stacked = torch.cat(latents).half()
+    cached = {
+        "captions": captions,
+        "latents": torch.cat(latents).half(),
+        "where": torch.from_numpy(np.stack(where)).half(),
+    }
     temporary = path.with_suffix(".tmp")
-    torch.save({"captions": captions, "latents": stacked}, temporary)
+    torch.save(cached, temporary)
     temporary.replace(path)
-    return captions, stacked.float()
+    return captions, cached["latents"].float(), cached["where"].float()
 
 
 class TextConditionedFlow(nn.Module):
-    """Everything that the flow stage trains, as one module: transformer and text encoders."""
+    """Everything that the flow stages train, as one module: transformer and text encoders.
+
+    `reader` reads from the tokens after the third block what stands where. Aligning the hidden
+    states with what a picture means makes a diffusion transformer learn several times faster
+    (REPA, arXiv:2410.06940, section 3.2; here the meaning is known and need not be encoded).
+    """
 
     def __init__(self, pipeline: StableDiffusion3Pipeline) -> None:
         super().__init__()
@@ -226,10 +265,21 @@ class TextConditionedFlow(nn.Module):
         self.encoders = nn.ModuleList(
             [pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3]
         )
+        self.reader = nn.Linear(128, 2 + len(SHAPES) + len(COLORS))
         self._tokenizer = pipeline.tokenizer
+        self._tokens = torch.empty(0)
+        pipeline.transformer.transformer_blocks[2].register_forward_hook(self._keep_tokens)
 
-    def forward(self, x_t: Tensor, sigma: Tensor, captions: list[str], text_length: int) -> Tensor:
-        """Velocity [B, 4, 16, 16]; the embedding is `StableDiffusion3Pipeline.encode_prompt`'s."""
+    def _keep_tokens(self, module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        self._tokens = output[1]
+
+    def forward(
+        self, x_t: Tensor, sigma: Tensor, captions: list[str], text_length: int
+    ) -> tuple[Tensor, Tensor]:
+        """Velocity [B, 4, 16, 16] and logits of `what_is_where` [B, 15, 8, 8].
+
+        The text embedding is `StableDiffusion3Pipeline.encode_prompt`'s.
+        """
         padded = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         clip_ids = self._tokenizer(captions, max_length=TEXT_LENGTH, **padded).input_ids
         t5_ids = self._tokenizer(captions, max_length=text_length, **padded).input_ids
@@ -238,12 +288,13 @@ class TextConditionedFlow(nn.Module):
             clip(clip_ids.to(x_t.device), output_hidden_states=True) for clip in (first, second)
         ]
         words = torch.cat([clip.hidden_states[-2] for clip in clips], dim=-1)
-        return self.transformer(
+        velocity = self.transformer(
             x_t,
             encoder_hidden_states=torch.cat([words, t5(t5_ids.to(x_t.device))[0]], dim=1),
             pooled_projections=torch.cat([clip.text_embeds for clip in clips], dim=-1),
             timestep=1000 * sigma,
         ).sample
+        return velocity, self.reader(self._tokens).mT.unflatten(2, (8, 8))
 
 
 class Average(nn.Module):
@@ -304,7 +355,9 @@ def train_flow(
     rank, world = accelerator.process_index, accelerator.num_processes
     checkpoint = folder / f"{stage.name}.pt"
     with accelerator.main_process_first():
-        captions, latents = cache_latents(folder, num=num_images, seed=seed, error_rate=error_rate)
+        captions, latents, where = cache_latents(
+            folder, num=num_images, seed=seed, error_rate=error_rate
+        )
     pipeline = build_pipeline(AutoencoderKL.from_pretrained(folder / "vae"), seed)
     flow = TextConditionedFlow(pipeline).to(device)
     blocks = [p for n, p in flow.named_parameters() if p.ndim == 2 and "transformer_blocks" in n]
@@ -342,21 +395,23 @@ def train_flow(
             target = x1 - x0
             if teacher is not None and stage.guidance is not None:
                 target = _guided(teacher, x_t, sigma, words, length, stage.guidance)
-            velocity = parallel(x_t, sigma, words, length)
+            velocity, read = parallel(x_t, sigma, words, length)
         loss = (velocity.float() - target).square().mean()
-        loss.backward()
+        reading = _reading_loss(read.float(), where[picks].to(device))
+        (loss + 0.2 * reading).backward()
         nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
         for optimizer, peak in ((muon, stage.muon_lr), (adam, stage.lr)):
             optimizer.param_groups[0]["lr"] = peak * _warm_linear(step, stage.steps)
             optimizer.step()
             optimizer.zero_grad()
         average.update(flow)
-        losses.append(loss.item())
+        losses.append((loss.item(), reading.item()))
         is_over = step == stage.steps - 1
         if rank == 0 and (step % 100 == 99 or is_over):
-            mean = np.mean(losses[-100:])
+            mean, reading = np.mean(losses[-100:], axis=0)
             passed = time.time() - clock
-            print(f"{stage.name} {step + 1} loss {mean:.4f} {passed:.0f}s", flush=True)
+            text = f"{stage.name} {step + 1} loss {mean:.4f} reading {reading:.4f} {passed:.0f}s"
+            print(text, flush=True)
         if rank == 0 and (step % 500 == 499 or is_over):
             _save(checkpoint, step + 1, **parts)
             average.swap(flow)
@@ -371,9 +426,16 @@ def _guided(
     scale: float,
 ) -> Tensor:  # fmt: skip
     """The teacher's velocity under guidance; of an empty caption, its own."""
-    both = teacher(x_t.repeat(2, 1, 1, 1), sigma.repeat(2), [""] * len(x_t) + captions, length)
+    both, _ = teacher(x_t.repeat(2, 1, 1, 1), sigma.repeat(2), [""] * len(x_t) + captions, length)
     unconditional, conditional = both.float().chunk(2)
     return unconditional + scale * (conditional - unconditional)
+
+
+def _reading_loss(logits: Tensor, where: Tensor) -> Tensor:
+    """Cross-entropy of shapes and of colours, mean over tokens; both arguments [B, 15, 8, 8]."""
+    sizes = [1 + len(SHAPES), 1 + len(COLORS)]
+    pairs = zip(logits.split(sizes, dim=1), where.split(sizes, dim=1), strict=True)
+    return sum((F.cross_entropy(*pair) for pair in pairs), start=logits.new_zeros(()))
 
 
 def _warm_linear(step: int, steps: int) -> float:

@@ -173,7 +173,7 @@ def mix_grpo(
         numbers={
             "sampler steps": num_steps,
             "kernel": f"{kernel}(noise_level={noise_level})",
-            "stochastic steps": f"a window of {window} in 0 to {end - 1}",
+            "stochastic steps": f"a window of {window} before step {end}",
             "trained steps": "the window",
             "window's position": sliding.words,
             "shared noise in a group": shared_noise,
@@ -288,7 +288,7 @@ def flow_grpo_fast(
 def _window_end(given: int | None, default: int, num_steps: int, window: int) -> int:
     """The step before which a window of steps stops."""
     end = default if given is None else given
-    if given is not None and not window <= end <= num_steps - 1:
+    if window < num_steps and not window <= end < num_steps:
         raise ValueError(
             f"window={window} does not fit before window_end={end}; window_end may be {window} to "
             f"{num_steps - 1}"

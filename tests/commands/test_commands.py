@@ -120,7 +120,7 @@ def test_a_run_draws_what_its_lora_on_the_base_draws(folder: Path, tmp_path: Pat
 def test_the_embedded_model_is_sampled_as_it_was_trained() -> None:
     model = find_model("shapes", {"num_steps": None, "guidance_scale": 2.0}, command="flowrl eval")
     assert (model.height, model.width, model.max_sequence_length) == (64, 64, 12)
-    assert (model.num_steps, model.guidance_scale) == (10, 2.0)
+    assert (model.num_steps, model.guidance_scale) == (20, 2.0)
 
 
 def test_the_name_of_a_file_is_short_and_plain() -> None:

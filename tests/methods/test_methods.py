@@ -168,6 +168,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "mix_grpo": {
         "num_steps": 7,
         "window": 3,
+        "window_end": 5,
         "stride": 2,
         "interval": 19,
         "strategy": "frozen",
@@ -283,7 +284,7 @@ def test_describe_prints_the_numbers_that_are_no_arguments() -> None:
     assert "eps=1e-08, ddof=1" in texts["dance_grpo"] and "eps=1e-08, ddof=1" in texts["mix_grpo"]
     assert "group_normalized(eps=0.0001, ddof=0)" in texts["grpo"]
     assert "9 of 0 to 14" in texts["dance_grpo"]
-    assert "0 to 23" in texts["mix_grpo"] and "2507.21802" in texts["mix_grpo"]
+    assert "before step 24" in texts["mix_grpo"] and "2507.21802" in texts["mix_grpo"]
 
 
 @pytest.mark.parametrize(
