@@ -325,13 +325,15 @@ def check_reward(
     It declares inputs, scope and range that exist; `score`, called with the declared inputs by
     keyword, returns a float per sample within the range. Equal inputs give equal scores; a shuffled
     batch gives shuffled scores; with scope "sample" a score does not depend on the other samples. A
-    sample whose image is not a number is scored NaN, and the others as before.
+    sample whose image is not a number is scored NaN, and the others as before, or, with scope
+    "group", by a number still.
 
     Args:
         reward: the object.
         images: float32 [N, 3, H, W] in [0, 1] on the CPU, N >= 3, on which the scores should
             differ; None = noise of 64 x 64 pixels of growing brightness.
-        prompts: N of them, with the metadata that the reward reads; None = GenEval's rows.
+        prompts: N of them, with the metadata that the reward reads; None = GenEval's rows, or one
+            row N times with scope "group", whose calls hold the samples of one prompt.
         tolerance: absolute, for what may differ by rounding.
     """
     members = ("inputs", "scope", "range", "score")
@@ -344,7 +346,8 @@ def check_reward(
         images = noise * brightness
     if prompts is None:
         colors = ("red", "orange", "yellow", "green", "cyan", "blue", "purple")
-        prompts = [_geneval(colors[i % len(colors)]) for i in range(len(images))]
+        num = 1 if reward.scope == "group" else len(colors)
+        prompts = [_geneval(colors[i % num]) for i in range(len(images))]
     _require(len(images) == len(prompts) >= 3, "images and prompts", "as many, 3 or more",
              f"{len(images)} and {len(prompts)}")  # fmt: skip
     rewards = RewardSet([(type(reward).__name__, reward, 1.0)])
@@ -379,10 +382,14 @@ def _check_broken_image(
     values = reward.score(**{name: available[name] for name in reward.inputs}).detach().float()
     wanted = "NaN (a sample that cannot be scored is invalid, never a number)"
     _require(not values[1].isfinite(), "the score of an image of NaN", wanted, f"{values[1]:g}")
+    others = torch.arange(len(images)) != 1
     if reward.scope == "sample":
-        others = torch.arange(len(images)) != 1
         what, beside = "the scores", "beside an image of NaN"
         _require_same(scores[others], values[others], tolerance, what, beside)
+        return
+    lost = (scores.isfinite() & ~values.isfinite())[others]
+    what, arrived = "the scores beside an image of NaN", f"NaN for {int(lost.sum())} more"
+    _require(not lost.any(), f'with scope "group" {what}', "numbers still", arrived)
 
 
 def _geneval(color: str) -> Prompt:

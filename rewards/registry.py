@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 _TABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "shapes_strict": ("rewards.shapes.reward:ShapesReward", {"graded": False}),
     "shapes_graded": ("rewards.shapes.reward:ShapesReward", {"graded": True}),
+    "shapes_quality": ("rewards.shapes.quality:ShapesQuality", {}),
+    "shapes_gold": ("rewards.shapes.quality:ShapesGold", {}),
+    "shapes_proxy": ("rewards.shapes.proxy:ShapesProxy", {}),
+    "win_rate": ("rewards.pairwise:WinRate", {}),
     "brightness": ("rewards.simple:Brightness", {}),
     "jpeg_compressibility": ("rewards.simple:JpegSize", {"compress": True}),
     "jpeg_incompressibility": ("rewards.simple:JpegSize", {"compress": False}),
@@ -42,14 +46,21 @@ def load(name: str, **args: Any) -> "Reward":
         LookupError: if there is no such name, module, file or attribute.
         ValueError: if the arguments do not fit, or what was found is not a reward.
     """
+    made = make(name, **args)
+    check_members(name, made)
+    return cast("Reward", made)
+
+
+def make(name: str, **args: Any) -> Any:
+    """As `load`, but whatever the class makes: a judge of pairs is found by the same names.
+
+    Raises:
+        LookupError, ValueError: as `load`, except that what was made need not be a reward.
+    """
     found, implied = _find(name)
     if inspect.isclass(found):
         _check_args(name, found, args, taken=tuple(implied), inputs=())
-        reward: Any = found(**implied, **args)
-        missing = [member for member in _MEMBERS if not hasattr(reward, member)]
-        if missing:
-            raise ValueError(f"reward {name!r} is not a reward: it lacks {', '.join(missing)}")
-        return cast("Reward", reward)
+        return found(**implied, **args)
     if not callable(found):
         raise ValueError(f"reward {name!r} is {type(found).__name__}; expected a class or function")
 
@@ -57,6 +68,13 @@ def load(name: str, **args: Any) -> "Reward":
 
     _check_args(name, found, args, taken=(), inputs=INPUTS)
     return FunctionReward(found, args)
+
+
+def check_members(name: str, made: Any) -> None:
+    """Raises ValueError unless `made` has the members of a reward."""
+    missing = [member for member in _MEMBERS if not hasattr(made, member)]
+    if missing:
+        raise ValueError(f"reward {name!r} is not a reward: it lacks {', '.join(missing)}")
 
 
 def _find(name: str) -> tuple[Any, dict[str, Any]]:

@@ -87,7 +87,7 @@ def train_vae(
     vae = build_vae().to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
-    start = _resume(folder / "vae.pt", vae=vae, optimizer=optimizer, schedule=schedule)
+    start = resume_state(folder / "vae.pt", vae=vae, optimizer=optimizer, schedule=schedule)
     clock = time.time()
     for step in range(start, steps):
         pixels = (images(batch, np.random.default_rng((seed, step))) * 2 - 1).to(device)
@@ -109,7 +109,7 @@ def train_vae(
             psnr = -10 * math.log10(error.square().mean().item() / 4)
             print(f"vae {step} psnr {psnr:.2f} kl {kl:.3f} {time.time() - clock:.0f}s", flush=True)
         if step % 500 == 499:
-            _save(folder / "vae.pt", step + 1, vae=vae, optimizer=optimizer, schedule=schedule)
+            save_state(folder / "vae.pt", step + 1, vae=vae, optimizer=optimizer, schedule=schedule)
     with torch.no_grad():
         pixels = (images(512, np.random.default_rng(seed)) * 2 - 1).to(device)
         latents = vae.encode(pixels).latent_dist.mean
@@ -119,13 +119,15 @@ def train_vae(
     vae.save_pretrained(target)
 
 
-def _save(path: Path, step: int, **parts: Any) -> None:
+def save_state(path: Path, step: int, **parts: Any) -> None:
+    """Writes the step and the states of `parts`; a stop half-way leaves the previous file."""
     temporary = path.with_suffix(".tmp")
     torch.save({"step": step} | {k: v.state_dict() for k, v in parts.items()}, temporary)
     temporary.replace(path)
 
 
-def _resume(path: Path, **parts: Any) -> int:
+def resume_state(path: Path, **parts: Any) -> int:
+    """The step at which `save_state` wrote `path`, its states loaded into `parts`; 0 without."""
     if not path.exists():
         return 0
     state = torch.load(path, weights_only=True, map_location="cpu")
@@ -370,11 +372,11 @@ def train_flow(
     parts = {"flow": flow, "average": average, "muon": muon, "adam": adam}
     teacher = None
     if stage.start_from is not None:
-        _resume(stage.start_from, flow=flow, average=average)
+        resume_state(stage.start_from, flow=flow, average=average)
         if stage.guidance is not None:
             average.copy_to(flow)
             teacher = copy.deepcopy(flow).requires_grad_(False)
-    start = _resume(checkpoint, **parts)
+    start = resume_state(checkpoint, **parts)
     parallel = accelerator.prepare(flow)
     clock, losses = time.time(), []
     for step in range(start, stage.steps):
@@ -401,7 +403,7 @@ def train_flow(
         (loss + 0.2 * reading).backward()
         nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
         for optimizer, peak in ((muon, stage.muon_lr), (adam, stage.lr)):
-            optimizer.param_groups[0]["lr"] = peak * _warm_linear(step, stage.steps)
+            optimizer.param_groups[0]["lr"] = peak * warm_linear(step, stage.steps)
             optimizer.step()
             optimizer.zero_grad()
         average.update(flow)
@@ -413,7 +415,7 @@ def train_flow(
             text = f"{stage.name} {step + 1} loss {mean:.4f} reading {reading:.4f} {passed:.0f}s"
             print(text, flush=True)
         if rank == 0 and (step % 500 == 499 or is_over):
-            _save(checkpoint, step + 1, **parts)
+            save_state(checkpoint, step + 1, **parts)
             average.swap(flow)
             pipeline.save_pretrained(folder / "pipeline")
             average.swap(flow)
@@ -438,7 +440,8 @@ def _reading_loss(logits: Tensor, where: Tensor) -> Tensor:
     return sum((F.cross_entropy(*pair) for pair in pairs), start=logits.new_zeros(()))
 
 
-def _warm_linear(step: int, steps: int) -> float:
+def warm_linear(step: int, steps: int) -> float:
+    """The share of the peak learning rate at a step: 200 to warm up, then flat, then to zero."""
     return min((step + 1) / 200, 1.0, 1.3 * (1 - step / steps) + 0.01)
 
 

@@ -109,7 +109,7 @@ def detect(image: NDArray[np.floating]) -> list[Detection]:
     if not np.isfinite(image).all():
         raise ValueError("expected finite pixels in [0, 1], got NaN or infinity")
     canvas = np.moveaxis(image, 0, -1).astype(np.float64)
-    background = _background(canvas)
+    background = background_color(canvas)
     difference = canvas - background
     labels = _components(np.linalg.norm(difference, axis=-1))
     areas = np.bincount(labels.ravel())
@@ -122,7 +122,7 @@ def detect(image: NDArray[np.floating]) -> list[Detection]:
     return sorted(found, key=lambda detection: -detection.score)
 
 
-def _background(canvas: Array) -> Array:
+def background_color(canvas: Array) -> Array:
     """The canvas's colour: the median of its border, held near the greys of the vocabulary.
 
     A border of another colour therefore becomes a component, and an unknown one.

@@ -51,13 +51,7 @@ class ShapesReward:
 
         Args and Raises: as `score`.
         """
-        check_images(images)
-        size = tuple(images.shape[2:])
-        if size != (IMAGE_SIZE, IMAGE_SIZE):
-            raise ValueError(
-                f"expected images of {IMAGE_SIZE} x {IMAGE_SIZE} pixels, got {size[0]} x {size[1]}"
-                "; Shapes rewards read pictures of the Shapes world only: choose another reward"
-            )
+        check_canvases(images)
         if len(metadata) != len(images):
             raise ValueError(f"expected {len(images)} rows of metadata, got {len(metadata)}")
         arrays = images.detach().cpu().float().numpy()
@@ -66,3 +60,14 @@ class ShapesReward:
             score_detections(detect(array), row) if usable else None
             for array, row, usable in zip(arrays, metadata, finite, strict=True)
         ]
+
+
+def check_canvases(images: Tensor) -> None:
+    """Raises ValueError unless `images` is a float tensor [B, 3, 64, 64]."""
+    check_images(images)
+    size = tuple(images.shape[2:])
+    if size != (IMAGE_SIZE, IMAGE_SIZE):
+        raise ValueError(
+            f"expected images of {IMAGE_SIZE} x {IMAGE_SIZE} pixels, got {size[0]} x {size[1]}"
+            "; Shapes rewards read pictures of the Shapes world only: choose another reward"
+        )

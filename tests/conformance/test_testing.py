@@ -644,3 +644,23 @@ def test_a_group_reward_may_compare_its_samples() -> None:
             return scores.where(images.mean(dim=(1, 2, 3)).isfinite(), torch.nan)
 
     check_reward(Ranks())
+
+
+def test_one_broken_image_must_not_cost_a_whole_group() -> None:
+    class SpoilsTheGroup(OneNaNForAll):
+        scope = "group"
+
+    with pytest.raises(AssertionError, match=r'"group" .* must be numbers still; got NaN for 3'):
+        check_reward(SpoilsTheGroup())
+
+
+def test_a_group_reward_is_given_samples_of_one_prompt() -> None:
+    class NeedsOnePrompt(Good):
+        inputs = ("images", "prompts")
+        scope = "group"
+
+        def score(self, *, images: Tensor, prompts: list[str]) -> Tensor:  # type: ignore[override]
+            assert len(set(prompts)) == 1
+            return super().score(images=images)
+
+    check_reward(NeedsOnePrompt())
