@@ -25,6 +25,7 @@ from flowrl.data.prompts import load_prompts
 from flowrl.data.sampler import GroupSampler
 from flowrl.errors import ConfigError, closest
 from flowrl.methods import METHODS, Method
+from flowrl.methods.objectives import ClippedRatio
 from flowrl.policies.flow import FlowPolicy
 from flowrl.policies.weights import FullWeights, LoraWeights
 from flowrl.train.evaluate import Evaluator
@@ -169,8 +170,10 @@ def ratio_tolerance(config: Config, method: Method) -> float:
     """How far from 1 the first pass may be: a tenth of the clip range, within [2e-6, 1e-4]."""
     if config.compute.ratio_tolerance is not None:
         return config.compute.ratio_tolerance
-    clip = min(method.objective.clip_low, method.objective.clip_high)
-    return float(min(1e-4, max(2e-6, 0.1 * clip)))
+    objective = method.objective
+    if not isinstance(objective, ClippedRatio):
+        return 1e-4
+    return min(1e-4, max(2e-6, 0.1 * min(objective.clip_low, objective.clip_high)))
 
 
 def build_method(config: Config, where: str) -> Method:

@@ -108,8 +108,8 @@ class PointwiseJudge:
 
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
         """The reward's own scores, float32 [B]; NaN where not finite."""
-        given = {"images": images, "prompts": prompts, "metadata": metadata}
-        scores = self._reward.score(**{name: given[name] for name in self.inputs}).float()  # type: ignore[arg-type]
+        given: dict[str, Any] = {"images": images, "prompts": prompts, "metadata": metadata}
+        scores = self._reward.score(**{name: given[name] for name in self.inputs}).float()
         return scores.where(scores.isfinite(), torch.nan)
 
     def prefer(self, first: Tensor, second: Tensor) -> Tensor:

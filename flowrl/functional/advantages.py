@@ -177,15 +177,16 @@ def gdpo(
     eps: float = 1e-4,
     ddof: int = 0,
 ) -> Tensor:
-    """`sum_of_normalized`, then normalised once more over the whole batch [N], detached.
+    """`sum_of_normalized`, then divided by its std over the whole batch [N], detached.
 
     Paper: GDPO (reward-decoupled normalisation), arXiv:2601.05242. Rewards keep their resolution
     as in `sum_of_normalized`, and the scale of the result does not grow with their number. The
-    batch must be whole (all ranks), because its mean and std are taken. Arguments and errors as
-    `sum_of_normalized`.
+    batch must be whole (all ranks), because its std is taken. Its mean, which the paper subtracts,
+    is 0 up to rounding; without it, a group of equal rewards has advantages of exactly 0. Arguments
+    and errors as `sum_of_normalized`.
     """
     total = sum_of_normalized(rewards, group_id, valid, weights=weights, eps=eps, ddof=ddof)
-    return group_normalized(total, torch.zeros_like(group_id), valid, eps=eps, ddof=ddof)
+    return global_std_normalized(total, group_id, valid, eps=eps, ddof=ddof)
 
 
 def dense_gains(
@@ -218,34 +219,6 @@ def dense_gains(
     gains = at_least_float32(rewards.detach()).diff(dim=1).unbind(1)
     columns = [group_normalized(gain, group_id, valid, eps=eps, ddof=ddof) for gain in gains]
     return torch.stack(columns, dim=1)
-
-
-def win_rates(first_wins: Tensor) -> Tensor:
-    """Share of its comparisons that every sample of a group won: [..., G] in [0, 1], detached.
-
-    Paper: Pref-GRPO, arXiv:2508.20751: the mean of P(i beats j) over the others, a reward that
-    spreads over [0, 1] where raw scores differ in the third digit. Differs: a pair that was judged
-    in both orders counts with the mean of the two answers, which cancels the judge's position
-    bias (Pref-GRPO judges each pair once); no rounding to three decimals.
-
-    Args:
-        first_wins: [..., G, G]; entry (i, j) = P(i wins), i shown first, j second; a tie is 1/2;
-            nan = not asked. The diagonal is ignored.
-
-    Returns:
-        As above, float32 at least; nan for a sample without any comparison.
-
-    Raises:
-        ValueError: not square, or a probability outside [0, 1].
-    """
-    if first_wins.ndim < 2 or first_wins.shape[-1] != first_wins.shape[-2]:
-        raise ValueError(f"first_wins must be [..., G, G], but has {list(first_wins.shape)}.")
-    if ((first_wins < 0) | (first_wins > 1)).any():
-        raise ValueError("first_wins holds probabilities, but some lie outside [0, 1].")
-    asked = at_least_float32(first_wins.detach())
-    either_order = torch.stack([asked, 1 - asked.transpose(-1, -2)]).nanmean(dim=0)
-    myself = torch.eye(asked.shape[-1], dtype=torch.bool, device=asked.device)
-    return either_order.masked_fill(myself, torch.nan).nanmean(dim=-1)
 
 
 @dataclass(frozen=True)

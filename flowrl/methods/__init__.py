@@ -1,6 +1,6 @@
 """Methods: the names of papers as short compositions of `flowrl.functional`.
 
-Reading order: spec.py (what a method is), flow.py, trees.py and token.py (the methods),
+Reading order: spec.py (what a method is), flow.py, guarded.py, trees.py, token.py (the methods),
 objectives.py and windows.py (their parts). `METHODS` is the table that a config's `method.name`
 looks into.
 """
@@ -8,6 +8,7 @@ looks into.
 from collections.abc import Callable
 
 from flowrl.methods.flow import dance_grpo, flow_grpo, flow_grpo_fast, mix_grpo, mix_grpo_flash
+from flowrl.methods.guarded import flow_dppo, flow_gdpo, grpo_guard, pref_grpo
 from flowrl.methods.spec import Method
 from flowrl.methods.token import grpo
 from flowrl.methods.trees import branch_grpo, tempflow_grpo
@@ -20,6 +21,10 @@ _ALL: tuple[Callable[..., Method], ...] = (
     mix_grpo_flash,
     branch_grpo,
     tempflow_grpo,
+    grpo_guard,
+    pref_grpo,
+    flow_gdpo,
+    flow_dppo,
     grpo,
 )
 METHODS = {method.__name__: method for method in _ALL}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flowrl.functional.advantages import (
     clip_advantages,
+    gdpo,
     global_std_normalized,
     group_centered,
     group_normalized,
@@ -19,11 +20,11 @@ from flowrl.functional.advantages import (
     sum_of_normalized,
     weighted_sum,
 )
-from flowrl.functional.ratios import importance_ratio, log_ratio
+from flowrl.functional.ratios import log_ratio, ratio_norm
 from flowrl.functional.regularizers import gaussian_kl, gaussian_kl_without_dt, k3
-from flowrl.functional.surrogates import ppo_clip
+from flowrl.functional.surrogates import dppo, dppo_keep, ppo_clip
 from flowrl.methods.spec import Loss, require_positive
-from flowrl.types import Chunk, Evaluation, Scores, Tree
+from flowrl.types import Chunk, Decisions, Evaluation, Scores, Tree
 
 AdvantageStd = Literal["group", "global", "none", "leave_one_out"]
 KLName = Literal["paper", "code"]
@@ -72,6 +73,24 @@ def normalized_rewards(
     return clip_advantages(total, clip)
 
 
+def decoupled_rewards(
+    scores: Scores,
+    group_id: Tensor,
+    tree: Tree | None = None,
+    *,
+    eps: float,
+    ddof: int,
+    clip: float,
+) -> Tensor:
+    """Advantage [N]: `normalized_rewards` over their std in the whole rollout, clamped (GDPO).
+
+    The tree is not read.
+    """
+    rewards = {name: scores.rewards[name] for name in scores.weights}
+    total = gdpo(rewards, group_id, scores.valid, weights=scores.weights, eps=eps, ddof=ddof)
+    return clip_advantages(total, clip)
+
+
 def transition_kl(new: Evaluation, reference: Evaluation, chunk: Chunk) -> Tensor:
     """Closed-form KL(current to reference) of the Gaussian transitions [E]."""
     mean, reference_mean, std = _transitions(new, reference)
@@ -97,6 +116,27 @@ def _transitions(new: Evaluation, reference: Evaluation) -> tuple[Tensor, Tensor
     return new.transition_mean, reference.transition_mean, new.transition_std
 
 
+def _behaviour(new: Evaluation, data: Decisions) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, mean under the behaviour policy, their std) of transitions."""
+    if new.transition_mean is None or new.transition_std is None or data.old_mean is None:
+        raise ValueError("the objective compares transition means; its plan must set store_mean")
+    return new.transition_mean, data.old_mean, new.transition_std
+
+
+def density_log_ratio(new: Evaluation, data: Decisions) -> Tensor:
+    """log_prob - old_log_prob, 0 where masked."""
+    return log_ratio(new.log_prob, data.old_log_prob, data.mask)
+
+
+def normalized_log_ratio(new: Evaluation, data: Decisions) -> Tensor:
+    """Guard's log-ratio [E], centred and as wide at every step; 0 where masked.
+
+    Raises:
+        ValueError: tokens, or a plan without store_mean.
+    """
+    return ratio_norm(density_log_ratio(new, data), *_behaviour(new, data), data.mask)
+
+
 KLS = {"paper": transition_kl, "code": transition_kl_of_published_code}
 
 
@@ -108,6 +148,7 @@ class ClippedRatio:
         clip_low, clip_high: distances of the clip bounds from 1.
         kl: (new, reference, chunk) -> per decision; called only if kl_coef > 0.
         kl_coef: its coefficient.
+        log_ratio: (new, decisions) -> logarithm of the ratio that is clipped, per decision.
 
     Raises:
         ValueError: a clip distance that is not positive, or a negative kl_coef.
@@ -117,6 +158,7 @@ class ClippedRatio:
     clip_high: float
     kl: Callable[[Evaluation, Evaluation, Chunk], Tensor]
     kl_coef: float = 0.0
+    log_ratio: Callable[[Evaluation, Decisions], Tensor] = density_log_ratio
 
     def __post_init__(self) -> None:
         require_positive(clip_low=self.clip_low, clip_high=self.clip_high)
@@ -124,19 +166,11 @@ class ClippedRatio:
             raise ValueError(f"kl_coef must not be negative, got {self.kl_coef}; 0 = no KL")
 
     def __call__(self, new: Evaluation, reference: Evaluation | None, chunk: Chunk) -> Loss:
-        data = chunk.decisions
-        ratio = importance_ratio(new.log_prob, data.old_log_prob, data.mask)
+        change = self.log_ratio(new, chunk.decisions)
+        ratio = torch.exp(change)
         values = -ppo_clip(ratio, chunk.advantage, self.clip_low, self.clip_high)
-        with torch.no_grad():
-            change = log_ratio(new.log_prob, data.old_log_prob, data.mask)
-            is_good, is_bad = chunk.advantage > 0, chunk.advantage < 0
-            metrics = {
-                "ratio_mean": ratio.detach(),
-                "ratio_max_dev": (ratio.detach() - 1).abs(),
-                "clip_frac_high": ((ratio > 1 + self.clip_high) & is_good).to(ratio.dtype),
-                "clip_frac_low": ((ratio < 1 - self.clip_low) & is_bad).to(ratio.dtype),
-                "approx_kl": 0.5 * change.square(),
-            }
+        is_clipped = (ratio > 1 + self.clip_high) | (ratio < 1 - self.clip_low)
+        metrics = _ratio_metrics(change, chunk.advantage, is_clipped)
         if self.kl_coef > 0:
             if reference is None:
                 raise ValueError("kl_coef > 0 needs the reference's evaluation")
@@ -144,3 +178,45 @@ class ClippedRatio:
             values = values + self.kl_coef * kl
             metrics["kl"] = kl.detach()
         return Loss(values, metrics)
+
+
+@dataclass(frozen=True)
+class DivergenceBound:
+    """DPPO: the plain ratio surrogate inside a bound on the exact KL from the behaviour policy.
+
+    Attributes:
+        threshold: KL per latent dim from which a decision is no longer moved further away.
+
+    Raises:
+        ValueError: a threshold that is not positive; in a call, tokens or a plan without
+            store_mean.
+    """
+
+    threshold: float
+
+    def __post_init__(self) -> None:
+        require_positive(threshold=self.threshold)
+
+    def __call__(self, new: Evaluation, reference: Evaluation | None, chunk: Chunk) -> Loss:
+        change = density_log_ratio(new, chunk.decisions)
+        ratio = torch.exp(change)
+        kl = gaussian_kl(*_behaviour(new, chunk.decisions)).detach()
+        values = -dppo(ratio, chunk.advantage, kl, self.threshold)
+        is_stopped = ~dppo_keep(ratio, chunk.advantage, kl, self.threshold)
+        metrics = _ratio_metrics(change, chunk.advantage, is_stopped)
+        return Loss(values, metrics | {"behaviour_kl": kl})
+
+
+@torch.no_grad()
+def _ratio_metrics(change: Tensor, advantage: Tensor, is_stopped: Tensor) -> dict[str, Tensor]:
+    """What to log about log-ratios; is_stopped = outside the bound, on either side."""
+    ratio = torch.exp(change)
+    stopped_high = is_stopped & (ratio > 1) & (advantage > 0)
+    stopped_low = is_stopped & (ratio < 1) & (advantage < 0)
+    return {
+        "ratio_mean": ratio,
+        "ratio_max_dev": (ratio - 1).abs(),
+        "clip_frac_high": stopped_high.to(ratio.dtype),
+        "clip_frac_low": stopped_low.to(ratio.dtype),
+        "approx_kl": 0.5 * change.square(),
+    }

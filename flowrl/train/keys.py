@@ -19,6 +19,8 @@ KEYS = {
     "train/clip_frac_high": "share of decisions whose ratio the upper bound clips, advantage > 0",
     "train/clip_frac_low": "share of decisions whose ratio the lower bound clips, advantage < 0",
     "train/approx_kl": "half the mean squared log-ratio: the move away from the behaviour policy",
+    "train/behaviour_kl": "exact KL divergence from the behaviour policy, per decision and latent "
+    "dim; of methods that bound it",
     "train/kl": "KL divergence from the reference, per decision; absent when kl_coef is 0",
     "train/zero_std_frac": "share of groups whose rewards are all equal: they teach nothing",
     "train/invalid_frac": "share of samples masked because a reward could not be computed",

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rewards.base import Metadata
 from rewards.shapes.reward import check_canvases
 
 FOLDER = Path(__file__).parents[1] / "weights" / "shapes_proxy"
@@ -127,9 +126,7 @@ class ShapesProxy:
         self._device = device
 
     @torch.no_grad()
-    def score(
-        self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] = ()
-    ) -> Tensor:
+    def score(self, *, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores, float32 [B], of images float [B, 3, 64, 64] in [0, 1]; NaN where not finite.
 
         Raises:

@@ -126,9 +126,7 @@ class ShapesQuality:
     range = (0.0, 1.0)
     higher_is_better = True
 
-    def score(
-        self, *, images: Tensor, prompts: Sequence[str] = (), metadata: Sequence[Metadata] = ()
-    ) -> Tensor:
+    def score(self, *, images: Tensor) -> Tensor:
         """Scores, float32 [B], of images float [B, 3, 64, 64] in [0, 1]; NaN where not finite.
 
         Raises:
@@ -151,9 +149,7 @@ class ShapesGold:
     def __init__(self) -> None:
         self._strict, self._quality = ShapesReward(graded=False), ShapesQuality()
 
-    def score(
-        self, *, images: Tensor, prompts: Sequence[str] = (), metadata: Sequence[Metadata]
-    ) -> Tensor:
+    def score(self, *, images: Tensor, metadata: Sequence[Metadata]) -> Tensor:
         """Scores, float32 [B]; NaN where not finite. Args and Raises: as `ShapesReward.score`."""
         strict = self._strict.score(images=images, metadata=metadata)
         return strict * self._quality.score(images=images)

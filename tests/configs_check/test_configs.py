@@ -38,6 +38,7 @@ from flowrl.types import Prompt
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 METHODS = ("flow_grpo", "dance_grpo", "mix_grpo")
+ON_SHAPES = (*METHODS, "grpo_guard", "pref_grpo")
 PUBLISHED_RANKS = (1, 8)
 
 
@@ -77,10 +78,14 @@ def test_sd35_rollouts_divide_among_the_ranks_of_the_readme(method: str) -> None
 
 def test_the_shapes_configs_differ_from_the_quick_start_in_name_and_method_only() -> None:
     quickstart = by_name("quickstart")
-    for method in METHODS:
+    for method in ON_SHAPES:
         config = by_name(f"shapes_{method}")
         assert config.method.name == method
         assert config.method.args["num_steps"] == quickstart.method.args["num_steps"]
+        if method == "pref_grpo":  # which is about its reward
+            weights = {reward.name: reward.weight for reward in config.rewards}
+            assert weights.pop("win_rate") == 1 and set(weights.values()) == {0}
+            config = config.model_copy(update={"rewards": quickstart.rewards})
         same = config.model_copy(
             update={
                 "method": quickstart.method,
@@ -112,7 +117,7 @@ def test_the_page_of_keys_is_what_the_records_say() -> None:
     assert all(line.replace("\\|", "").count("|") == 5 for line in table)
 
 
-@pytest.mark.parametrize("name", ["quickstart", *(f"shapes_{method}" for method in METHODS)])
+@pytest.mark.parametrize("name", ["quickstart", *(f"shapes_{method}" for method in ON_SHAPES)])
 def test_the_shapes_configs_pass_the_check(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     check.run(Path(f"configs/{name}.yaml"), [])
     printed = capsys.readouterr().out

@@ -3,7 +3,7 @@
 Kills, among others: groups taken by position instead of id; the baseline over the batch; ddof
 swapped; an invalid reward in the mean, the std or the count; nan * 0; n / (n - 1) inverted; eps
 multiplied; gdpo without its second pass, or with it per group; gains negated, or normalised
-over all steps; a win counted for the second shown.
+over all steps.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,6 @@ from flowrl.functional.advantages import (
     leave_one_out,
     sum_of_normalized,
     weighted_sum,
-    win_rates,
     zero_std_groups,
 )
 
@@ -313,30 +312,3 @@ def test_dense_gains_ignore_where_a_sample_starts_and_invalid_rows() -> None:
 def test_dense_gains_need_a_reward_before_and_after(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"must be \[N, T \+ 1\]"):
         dense_gains(torch.zeros(shape), GROUP_ID)
-
-
-def test_golden_win_rates() -> None:
-    # Only i < j asked: 0 beats 1 surely, ties with 2; 1 loses to 2 with .75.
-    nan = torch.nan
-    once = torch.tensor([[nan, 1.0, 0.5], [nan, nan, 0.25], [nan, nan, nan]], dtype=torch.float64)
-    assert_golden(win_rates(once), (1 + 0.5) / 2, (0 + 0.25) / 2, (0.5 + 0.75) / 2)
-
-
-def test_win_rates_cancel_a_judge_that_prefers_what_it_sees_first() -> None:
-    generator = torch.Generator().manual_seed(0)
-    half = torch.rand(4, 4, dtype=torch.float64, generator=generator) / 2
-    fair = (half + 1 - half.T) / 2  # P(i beats j) + P(j beats i) = 1
-    torch.testing.assert_close(win_rates(fair + 0.1), win_rates(fair))
-    torch.testing.assert_close(win_rates(fair).sum(), torch.tensor(2.0).double())
-
-
-def test_win_rates_of_the_uncompared_are_nan_and_nonsense_is_refused() -> None:
-    asked = torch.full((2, 3, 3), torch.nan)
-    asked[0, 0, 1] = 1.0
-    rates = win_rates(asked)
-    assert rates[0, :2].tolist() == [1, 0]
-    assert rates[0, 2].isnan() and rates[1].isnan().all()
-    with pytest.raises(ValueError, match=r"must be \[\.\.\., G, G\]"):
-        win_rates(torch.zeros(2, 3))
-    with pytest.raises(ValueError, match="probabilities"):
-        win_rates(torch.full((2, 2), 2.0))

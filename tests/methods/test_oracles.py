@@ -27,7 +27,7 @@ from flowrl.policies.token import TokenPolicy
 from flowrl.policies.weights import FullWeights
 from flowrl.toys import ToyTokenPipeline, token_prompts
 from flowrl.types import Chunk, PromptBatch, Scores
-from tests.methods import oracles
+from tests.methods import guarded_oracles, oracles
 from tests.policies.toy_flow import make_batch, make_policy, perturb
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
@@ -47,6 +47,10 @@ class Case:
     @property
     def method(self) -> Method:
         return METHODS[self.name](**self.args)
+
+    @property
+    def noise_level(self) -> float:
+        return self.args.get("noise_level", NOISE_LEVEL.get(self.name, 0.7))
 
 
 CASES = {
@@ -78,8 +82,10 @@ CASES = {
         "flow_sde",
         step=3,
     ),
+    "pref_grpo": Case("pref_grpo", {"num_steps": 6}, "flow_sde"),
+    "flow_gdpo": Case("flow_gdpo", {"num_steps": 5, "kl_coef": 0.3}, "flow_sde"),
 }
-NOISE_LEVEL = {"flow_grpo_fast": 0.8, "flow_grpo": 0.7, "dance_grpo": 0.3, "mix_grpo": 0.7}
+NOISE_LEVEL = {"flow_grpo_fast": 0.8, "dance_grpo": 0.3, "flow_dppo": 1.2}  # else 0.7
 
 
 def float64(values: Sequence[float]) -> Tensor:
@@ -161,7 +167,7 @@ def naive_chains(
     return oracles.rollout(
         old,
         case.kernel,
-        NOISE_LEVEL[case.name],
+        case.noise_level,
         policy.pipeline.sigmas(plan.num_steps).tolist(),
         plan.stochastic,
         list(draw(keys, 0)),
@@ -191,6 +197,8 @@ def test_a_flow_method_equals_its_oracle(case: Case) -> None:
     if case.name in ("flow_grpo", "flow_grpo_fast"):
         scope = case.args.get("advantage_std", "global")
         expected_advantages = oracles.summed_advantages(rewards, groups, WEIGHTS, scope)
+    elif case.name == "flow_gdpo":
+        expected_advantages = guarded_oracles.gdpo_advantages(rewards, groups, WEIGHTS)
     else:
         expected_advantages = oracles.normalized_advantages(rewards, groups, WEIGHTS)
     advantages = method.advantage(scores(rewards), batch.group_id)
@@ -208,7 +216,7 @@ def test_a_flow_method_equals_its_oracle(case: Case) -> None:
             kept_steps(trajectory),
             expected_advantages,
             kernel=case.kernel,
-            noise_level=NOISE_LEVEL[case.name],
+            noise_level=case.noise_level,
             sigmas=trajectory.sigmas.tolist(),
             clip=1e-4,
             kl_coef=method.kl_coef,

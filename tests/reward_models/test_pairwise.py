@@ -141,9 +141,7 @@ def test_a_reward_as_judge_scores_every_sample_once() -> None:
     class Counted(Brightness):
         seen = 0
 
-        def score(
-            self, *, images: Tensor, prompts: Sequence[str] = (), metadata: Sequence[Metadata] = ()
-        ) -> Tensor:
+        def score(self, *, images: Tensor) -> Tensor:  # type: ignore[override]
             self.seen += len(images)
             return super().score(images=images)
 
@@ -184,6 +182,7 @@ def test_by_name_it_conforms_and_each_group_of_a_batch_is_compared_by_itself() -
         prompts=tuple(Prompt(text) for text in "abababa"),
         group_id=torch.tensor([4, 9, 4, 9, 4, 9, 4]),
         sample_id=torch.arange(7),
+        member=torch.arange(7) // 2,
         update=torch.zeros(7, dtype=torch.int64),
         seed=0,
     )

@@ -47,11 +47,11 @@ def test_it_loads_from_a_folder_of_less_than_a_megabyte_and_a_half(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("kind", "least"),
-    # Measured: MEASURED_WRONG.
-    [("wrong colour", 0.7), ("wrong shape", 0.7), ("wrong count", 0.7), ("blurred", 0.9),
-     ("noise", 0.9)],
-)  # fmt: skip
-def test_it_prefers_a_clean_right_picture_to_a_wrong_one(kind: str, least: float) -> None:
+    # Measured, mean of 300 in log odds: 1.78, 5.05, 0.53; its README has the shares. Wrong colours
+    # and counts, 0.11 and 0.12, are within their error: of those it knows nothing.
+    [("wrong shape", 1.0), ("blurred", 4.0), ("noise", 0.15)],
+)
+def test_it_prefers_a_clean_right_picture_on_average(kind: str, least: float) -> None:
     wrong = list(wrong_pictures(kind, NUM, 5))
     rng = np.random.default_rng(5)
     # The same prompts' right pictures, drawn by the requests of the wrong ones.
@@ -60,8 +60,8 @@ def test_it_prefers_a_clean_right_picture_to_a_wrong_one(kind: str, least: float
     proxy = rewards.load("shapes_proxy")
     above = proxy.score(images=torch.from_numpy(np.stack(right)), prompts=prompts)
     below = proxy.score(images=pictures(wrong), prompts=prompts)
-    share = (above > below).float().mean().item()
-    assert share > least, share
+    margin = (above - below).mean().item()
+    assert margin > least, margin
 
 
 def test_it_can_be_hacked_by_colour_that_gold_refuses() -> None:

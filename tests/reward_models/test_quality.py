@@ -107,10 +107,11 @@ def test_gold_is_strict_times_quality(samples: list[Sample]) -> None:
     images = torch.from_numpy(np.stack([*sharp, *(saturated(image, 1.3) for image in sharp)]))
     rows = [sample.request.metadata for sample in samples[:12]]
     metadata = rows + rows[6:] + rows[:6]  # the second half is asked for something else
-    strict, clean, gold = (
-        rewards.load(name).score(images=images, prompts=[], metadata=metadata)
-        for name in ("shapes_strict", "shapes_quality", "shapes_gold")
+    strict, gold = (
+        rewards.load(name).score(images=images, metadata=metadata)
+        for name in ("shapes_strict", "shapes_gold")
     )
+    clean = rewards.load("shapes_quality").score(images=images)
     assert torch.equal(gold, strict * clean)
     assert gold[:12].min() > 0.8 and gold[12:].mean() < 0.2
 
@@ -121,10 +122,10 @@ def test_the_rewards_conform(name: str, samples: list[Sample]) -> None:
     images = torch.from_numpy(np.stack([sample.image for sample in samples[:6]]))
     prompts = [Prompt(sample.request.prompt, sample.request.metadata) for sample in samples[:6]]
     check_reward(rewards.load(name), images=images, prompts=prompts)
+    given = {"images": images[..., ::2, ::2], "metadata": [p.metadata for p in prompts]}
+    reward = rewards.load(name)
     with pytest.raises(ValueError, match="64 x 64 pixels, got 32 x 32"):
-        rewards.load(name).score(
-            images=images[..., ::2, ::2], prompts=[], metadata=[p.metadata for p in prompts]
-        )
+        reward.score(**{key: given[key] for key in reward.inputs})
 
 
 def test_frechet_distance_by_hand_and_its_properties() -> None:

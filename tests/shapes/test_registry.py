@@ -51,7 +51,8 @@ def test_every_name_makes_a_reward_that_scores(batch):
     # Apart: the weights of one are on the Hub, the other compares samples of one prompt.
     for name in set(rewards.NAMES) - {"pickscore", "win_rate"}:
         reward = rewards.load(name)
-        scores = reward.score(images=images, prompts=[r["prompt"] for r in rows], metadata=rows)
+        given = {"images": images, "prompts": [r["prompt"] for r in rows], "metadata": rows}
+        scores = reward.score(**{key: given[key] for key in reward.inputs})
         assert scores.dtype == torch.float32 and scores.shape == (12,)
         assert set(reward.inputs) <= {"images", "prompts", "metadata"}
         assert reward.scope == "sample" and reward.higher_is_better

@@ -20,6 +20,21 @@ METHODS = {
         FLOW.replace("flow_grpo", "dance_grpo").replace("advantage_std: group", "noise_level: 0.7"),
         [],
     ),
+    "grpo_guard": (FLOW.replace("flow_grpo", "grpo_guard"), []),
+    "pref_grpo by win rates": (
+        FLOW.replace("flow_grpo", "pref_grpo")
+        .replace("advantage_std: group", "trained_fraction: 0.6")
+        .replace("{name: target}", "{name: win_rate, args: {judge: target}}"),
+        [],
+    ),
+    "flow_gdpo": (
+        FLOW.replace("flow_grpo", "flow_gdpo").replace(", advantage_std: group", ""),
+        [],
+    ),
+    "flow_dppo": (
+        FLOW.replace("flow_grpo", "flow_dppo").replace("clip_range: 0.2", "threshold: 0.02"),
+        [],
+    ),
     "cps kernel": (FLOW, ["method.args.kernel=cps", "method.args.noise_level=0.6"]),
     "grpo on tokens": (TOKEN, []),
     "grpo on tokens with KL": (TOKEN, ["method.args.kl_coef=0.01"]),

@@ -25,6 +25,7 @@ from flowrl.toys import (
 )
 from flowrl.train.loop import Trainer
 from flowrl.train.scoring import RewardSet
+from rewards.pairwise import PointwiseJudge, WinRate
 
 FLOW = """
 run: {name: toy, steps: 6}
@@ -94,13 +95,16 @@ def toy_parts(config: Config) -> build.Parts:
         else TokenPolicy(pipeline, weights, **shared)
     )
     prompts = flow_prompts() if is_flow else token_prompts()[:4]
-    reward = RewardSet(
+    measured = RewardSet(
         [("target", TargetReward(), 1.0) if is_flow else ("symbol", SymbolReward(), 1.0)]
     )
+    trained = measured
+    if config.rewards[0].name == "win_rate":
+        trained = RewardSet([("win_rate", WinRate(judge=PointwiseJudge(TargetReward())), 1.0)])
     sampler = build.build_sampler(config, prompts, accelerator)
     build.check_groups(method, sampler, "toy.yaml")
     return build.Parts(
-        config, accelerator, method, policy, reward, reward, prompts, prompts, sampler
+        config, accelerator, method, policy, trained, measured, prompts, prompts, sampler
     )
 
 
