@@ -24,9 +24,10 @@ from flowrl.config import Config, RewardConfig
 from flowrl.data.prompts import load_prompts
 from flowrl.data.sampler import GroupSampler
 from flowrl.errors import ConfigError, closest
+from flowrl.fits import check_compute, check_groups, ratio_tolerance
 from flowrl.methods import METHODS, Method
-from flowrl.methods.objectives import ClippedRatio
 from flowrl.policies.flow import FlowPolicy
+from flowrl.policies.forward import ForwardPolicy
 from flowrl.policies.weights import FullWeights, LoraWeights
 from flowrl.train.evaluate import Evaluator
 from flowrl.train.loop import Trainer
@@ -45,7 +46,7 @@ class Parts:
     config: Config
     accelerator: Accelerator
     method: Method
-    policy: FlowPolicy
+    policy: FlowPolicy | ForwardPolicy
     rewards: RewardSet
     eval_rewards: RewardSet
     train_prompts: tuple[Prompt, ...]
@@ -91,6 +92,7 @@ def build_parts(config: Config, where: str) -> Parts:
             "groups per update that the ranks divide"
         )
     check_groups(method, sampler, where)
+    check_compute(method, config, where)
     policy = build_policy(config, where, method, accelerator.device)
     return Parts(
         config, accelerator, method, policy, rewards, eval_rewards, train_prompts, eval_prompts,
@@ -166,16 +168,6 @@ class LearningRate:
         return 1.0
 
 
-def ratio_tolerance(config: Config, method: Method) -> float:
-    """How far from 1 the first pass may be: a tenth of the clip range, within [2e-6, 1e-4]."""
-    if config.compute.ratio_tolerance is not None:
-        return config.compute.ratio_tolerance
-    objective = method.objective
-    if not isinstance(objective, ClippedRatio):
-        return 1e-4
-    return min(1e-4, max(2e-6, 0.1 * min(objective.clip_low, objective.clip_high)))
-
-
 def build_method(config: Config, where: str) -> Method:
     """The method named in the config, with its arguments checked against its signature."""
     name = config.method.name
@@ -188,35 +180,15 @@ def build_method(config: Config, where: str) -> Method:
         raise ConfigError(f"{where}: method.args: {error}") from error
 
 
-def check_groups(method: Method, sampler: GroupSampler, where: str) -> None:
-    """Refuses groups that the method's tree does not fit.
-
-    Raises:
-        ConfigError: another group size than the tree has leaves, or groups that span ranks.
-    """
-    needed = getattr(method.plan(0), "group_size", None)
-    if needed is None:
-        return
-    if sampler.group_size != needed:
-        raise ConfigError(
-            f"{where}: {method.name} grows {needed} samples from a prompt, but data.group_size="
-            f"{sampler.group_size}; set data.group_size={needed}, or change the tree in method.args"
-        )
-    if not sampler.has_whole_groups:
-        raise ConfigError(
-            f"{where}: {method.name} grows the {needed} samples of a prompt as one tree, but "
-            f"groups span {sampler.world_size} ranks; use a number of groups per update that the "
-            "ranks divide"
-        )
-
-
-def build_policy(config: Config, where: str, method: Method, device: torch.device) -> FlowPolicy:
+def build_policy(
+    config: Config, where: str, method: Method, device: torch.device
+) -> FlowPolicy | ForwardPolicy:
     """The model with its trainable weights."""
-    if method.policy != "flow":
+    if method.policy == "token":
         raise ConfigError(
             f"{where}: {method.name} trains token policies, but model.pipeline="
             f"{config.model.pipeline} is a flow model; use one of "
-            + ", ".join(name for name, make in METHODS.items() if make().policy == "flow")
+            + ", ".join(name for name, make in METHODS.items() if make().policy != "token")
         )
     model = config.model
     pipeline = build_pipeline(model, where, device)
@@ -230,12 +202,16 @@ def build_policy(config: Config, where: str, method: Method, device: torch.devic
             target_modules=list(model.lora.target_modules or pipeline.lora_targets()),
             seed=config.run.seed,
             ema_decay=config.optim.ema_decay,
+            with_old=method.old_decay is not None,
         )
     else:
         weights = FullWeights(
-            pipeline.network, with_reference=method.kl_coef > 0, ema_decay=config.optim.ema_decay
+            pipeline.network,
+            with_reference="reference" in method.objective.needs.sets,
+            ema_decay=config.optim.ema_decay,
+            with_old=method.old_decay is not None,
         )
-    return FlowPolicy(
+    policy = FlowPolicy(
         pipeline,
         weights,
         guidance_scale=model.guidance_scale,
@@ -243,6 +219,7 @@ def build_policy(config: Config, where: str, method: Method, device: torch.devic
         decode_batch_size=config.compute.decode_batch_size,
         device=device,
     )
+    return ForwardPolicy(policy) if method.policy == "forward" else policy
 
 
 class ModelSource(Protocol):

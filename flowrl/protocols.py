@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from flowrl.types import Decisions, Evaluation, Metadata, PromptBatch, Rollout, Tree
+from flowrl.types import Decisions, Metadata, PromptBatch, Rollout, Tree
 
 Conditioning = Mapping[str, Tensor]
 
@@ -76,8 +76,22 @@ class Trajectory(Protocol):
         ...
 
     @property
+    def unit(self) -> Tensor:
+        """Int64 [E], ascending; decisions of one unit must be evaluated together, in one chunk."""
+        ...
+
+    @property
     def tree(self) -> Tree | None:
         """Which samples share which states; None where every sample is its own decision."""
+        ...
+
+
+class View(Protocol):
+    """How a parameter set sees decisions: an `Evaluation`, or a `functional.matching.Matching`."""
+
+    @property
+    def scalars(self) -> dict[str, Tensor]:
+        """Name -> values per decision, to say which is not finite."""
         ...
 
 
@@ -102,16 +116,17 @@ class Policy(Protocol):
     weights: Weights
 
     def rollout(self, batch: PromptBatch, plan: Any) -> tuple[Rollout, Trajectory]: ...
-    def evaluate(self, trajectory: Any, index: Tensor) -> Evaluation: ...
+    def evaluate(self, trajectory: Any, index: Tensor) -> View: ...
     def sample(self, batch: PromptBatch, *, num_steps: int, guidance_scale: float) -> Rollout: ...
     def precompute(self, prompts: Sequence[str], folder: Path | None) -> None: ...
     def save(self, folder: Path) -> None: ...
 
 
 class Weights(Protocol):
-    """The parameter sets of a policy: current (trained), reference (frozen), ema (averaged).
+    """The parameter sets of a policy: current (trained), reference (frozen), ema (averaged), old.
 
     `use(name)` makes a set the one that `evaluate`, `rollout` and `sample` see, inside the `with`.
+    `update_old(decay)` moves old towards current, keeping the share `decay` of itself.
     """
 
     network: nn.Module
@@ -119,6 +134,7 @@ class Weights(Protocol):
     def use(self, name: str) -> AbstractContextManager[None]: ...
     def trainable(self) -> Iterator[nn.Parameter]: ...
     def update_ema(self, num_updates: int) -> None: ...
+    def update_old(self, decay: float) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
     def save(self, pipeline: Any, folder: Path) -> None: ...
@@ -142,4 +158,4 @@ class Reward(Protocol):
 
 
 __all__ = ["Conditioning", "FlowPipeline", "Metadata", "Policy", "Reward", "Stepped",
-           "TokenPipeline", "Trajectory", "Weights"]  # fmt: skip
+           "TokenPipeline", "Trajectory", "View", "Weights"]  # fmt: skip

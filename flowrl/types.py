@@ -184,6 +184,11 @@ class Evaluation:
     transition_std: Tensor | None = None
     entropy: Tensor | None = None
 
+    @property
+    def scalars(self) -> dict[str, Tensor]:
+        """Name -> values per decision, as log_prob."""
+        return {"log_prob": self.log_prob}
+
 
 @dataclass(frozen=True)
 class Chunk:

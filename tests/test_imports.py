@@ -38,13 +38,20 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "flowrl.configdoc": ("flowrl.config", "flowrl.strict"),
     "flowrl.methods": ("flowrl.functional", *RECORDS, *CONFIG),
     # A policy runs the plan of a method's spec, and draws its noise where all seeds are derived.
-    "flowrl.policies": ("flowrl.functional", "flowrl.methods.spec", "flowrl.data.noise", *RECORDS),
+    "flowrl.policies": (
+        "flowrl.functional",
+        "flowrl.methods.forward_plan",
+        "flowrl.methods.spec",
+        "flowrl.data.noise",
+        *RECORDS,
+    ),
     "flowrl.data": (*RECORDS, *CONFIG),
     "flowrl.train": ("flowrl.methods", "flowrl.data", "flowrl.__version__", *RECORDS, *CONFIG),
     "flowrl.compare": ("flowrl.train", "flowrl.__version__", *RECORDS, *CONFIG),
     "flowrl.toys": ("flowrl.functional", *RECORDS),
     # What a reward returns is checked by the trainer's own gate.
     "flowrl.testing": ("flowrl.functional", "flowrl.train.scoring", *RECORDS),
+    "flowrl.fits": ("flowrl.methods", "flowrl.data", *RECORDS, *CONFIG),
     "flowrl.build": EVERYTHING,
     "flowrl.make": EVERYTHING,
     "flowrl.commands": ("flowrl",),

@@ -11,7 +11,10 @@ from flowrl.config import load_config
 
 if TYPE_CHECKING:
     from flowrl.build import Parts
+    from flowrl.methods.forward_plan import ForwardPlan
     from flowrl.methods.spec import StepPlan
+
+_FROZEN = ("old", "reference")
 
 
 def run(config: Path, overrides: Sequence[str]) -> None:
@@ -51,19 +54,19 @@ def estimate(parts: Parts) -> list[tuple[str, str]]:
     """Rows (what, how much) of the first training step, in closed form, over all ranks."""
     import torch
 
-    from flowrl.methods.spec import StepPlan
+    from flowrl.methods.spec import TokenPlan
 
     config, plan = parts.config, parts.method.plan(0)
     samples = config.data.num_groups * config.data.group_size
     rows: list[tuple[str, str]] = []
-    if isinstance(plan, StepPlan):
+    if not isinstance(plan, TokenPlan):
         forwards, trained = network_evals(plan, config.data.num_groups, config.data.group_size)
         forwards, trained = forwards * parts.guidance_rows, trained * parts.guidance_rows
-        reference = trained if parts.method.kl_coef else 0
+        frozen = [(s, trained * (s in parts.method.objective.needs.sets)) for s in _FROZEN]
         rows += [
             ("rollout", f"{forwards} network evaluations, {forwards / samples:.2f} per image"),
             ("training", f"at most {trained} forward-backward, {trained / samples:.2f} per image"),
-            ("reference", f"{reference} network evaluations"),
+            *((name, f"at most {rows} network evaluations") for name, rows in frozen if rows),
             ("stored states", f"{_stored_mb(parts, plan, samples):.1f} MB"),
         ]
     weights = parts.policy.weights
@@ -79,15 +82,21 @@ def estimate(parts: Parts) -> list[tuple[str, str]]:
     return rows
 
 
-def network_evals(plan: StepPlan, num_groups: int, group_size: int) -> tuple[int, int]:
-    """(states evaluated in rollout, states evaluated in training), without guidance.
+def network_evals(
+    plan: StepPlan | ForwardPlan, num_groups: int, group_size: int
+) -> tuple[int, int]:
+    """(rows of the rollout, rows with gradient of training), without guidance.
 
-    Counted on the tree of one group, which the plan gives without a rollout.
+    Those of a tree are counted on the tree of one group, which the plan gives without a rollout.
     """
     import torch
 
+    from flowrl.methods.forward_plan import ForwardPlan
     from flowrl.types import Prompt, PromptBatch, Tree
 
+    if isinstance(plan, ForwardPlan):
+        samples = num_groups * group_size
+        return plan.num_steps * samples, plan.num_draws * samples
     number = torch.arange(group_size)
     zeros = torch.zeros_like(number)
     batch = PromptBatch((Prompt(""),) * group_size, zeros, number, number, zeros, seed=0)
@@ -100,7 +109,11 @@ def network_evals(plan: StepPlan, num_groups: int, group_size: int) -> tuple[int
     return forwards * num_groups, trained * num_groups
 
 
-def _stored_mb(parts: Parts, plan: StepPlan, samples: int) -> float:
-    levels = {step + k for step in plan.trained for k in (0, 1)}
+def _stored_mb(parts: Parts, plan: StepPlan | ForwardPlan, samples: int) -> float:
+    from flowrl.methods.forward_plan import ForwardPlan
+
+    levels = 1
+    if not isinstance(plan, ForwardPlan):
+        levels = len({step + k for step in plan.trained for k in (0, 1)})
     elements = math.prod(parts.policy.pipeline.latent_shape)
-    return len(levels) * samples * elements * 4 / 1e6
+    return levels * samples * elements * 4 / 1e6

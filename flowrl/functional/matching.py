@@ -56,6 +56,11 @@ class Matching:
         """[E], `matching_error` of the velocity."""
         return matching_error(self.velocity, self.target)
 
+    @property
+    def scalars(self) -> dict[str, Tensor]:
+        """Name -> values per decision [E]."""
+        return {"matching_error": self.error}
+
 
 def matching_error(velocity: Tensor, target: Tensor) -> Tensor:
     """Squared error [E], mean over dims: flow matching's loss of one sample.

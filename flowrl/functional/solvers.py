@@ -1,12 +1,14 @@
-"""Deterministic solvers of higher order than Euler, for the steps that are not trained.
+"""Deterministic solvers, for the steps that are not trained; they share one signature.
 
-MixGRPO-Flash walks the part after its stochastic window with `dpmpp_2m` on fewer points.
+MixGRPO-Flash walks the part after its stochastic window with `dpmpp_2m` on fewer points;
+forward-process methods draw their samples with any of them.
 """
 
 import torch
 from torch import Tensor
 
 from flowrl.functional.flow import predict_x0
+from flowrl.functional.sde import ode
 from flowrl.functional.shapes import expand_to, require_same_shape
 
 
@@ -62,6 +64,22 @@ def dpmpp_2m(
         target = x0 + slope * (x0 - previous_x0)
     decay = sigma_next / sigma
     return decay * x_t + (1 - decay) * target, x0
+
+
+def euler(
+    x_t: Tensor,
+    velocity: Tensor,
+    sigma: float | Tensor,
+    sigma_next: float | Tensor,
+    *,
+    previous_x0: Tensor | None = None,
+    previous_sigma: float | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The pair (x_next, x0) of one step of order 1, `sde.ode`; the history is not read.
+
+    Arguments and errors as `dpmpp_2m`.
+    """
+    return ode(x_t, velocity, sigma, sigma_next)[0], predict_x0(x_t, velocity, sigma)
 
 
 def resampled(sigmas: Tensor, first: int, num_steps: int) -> Tensor:

@@ -1,13 +1,14 @@
 """Methods: the names of papers as short compositions of `flowrl.functional`.
 
-Reading order: spec.py (what a method is), flow.py, guarded.py, trees.py, token.py (the methods),
-objectives.py and windows.py (their parts). `METHODS` is the table that a config's `method.name`
-looks into.
+Reading order: spec.py (what a method is), flow.py, guarded.py, trees.py, forward.py and token.py
+(the methods), objectives.py, forward_objectives.py and windows.py (their parts). `METHODS` is the
+table that a config's `method.name` looks into.
 """
 
 from collections.abc import Callable
 
 from flowrl.methods.flow import dance_grpo, flow_grpo, flow_grpo_fast, mix_grpo, mix_grpo_flash
+from flowrl.methods.forward import awm, best_of_n_sft, dgpo, diffusion_nft, online_dpo
 from flowrl.methods.guarded import flow_dppo, flow_gdpo, grpo_guard, pref_grpo
 from flowrl.methods.spec import Method
 from flowrl.methods.token import grpo
@@ -25,6 +26,11 @@ _ALL: tuple[Callable[..., Method], ...] = (
     pref_grpo,
     flow_gdpo,
     flow_dppo,
+    diffusion_nft,
+    awm,
+    dgpo,
+    online_dpo,
+    best_of_n_sft,
     grpo,
 )
 METHODS = {method.__name__: method for method in _ALL}

@@ -68,7 +68,6 @@ def flow_grpo(
             summed_rewards, normalize=NORMALIZERS[advantage_std], clip=advantage_clip
         ),
         objective=ClippedRatio(clip_range, clip_range, KLS[kl], kl_coef),
-        kl_coef=kl_coef,
         numbers={
             "sampler steps": num_steps,
             "kernel": f"{kernel}(noise_level={noise_level})",
@@ -169,7 +168,6 @@ def mix_grpo(
         plan=plan,
         advantage=partial(normalized_rewards, eps=1e-8, ddof=1, clip=advantage_clip),
         objective=ClippedRatio(clip_range, clip_range, KLS[kl], kl_coef),
-        kl_coef=kl_coef,
         numbers={
             "sampler steps": num_steps,
             "kernel": f"{kernel}(noise_level={noise_level})",

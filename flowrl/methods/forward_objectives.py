@@ -2,8 +2,8 @@
 
 Each is a frozen record of its numbers, called as `(new, old, reference, chunk) -> Loss`, where the
 first three are `Matching` records of one chunk at the same points: of the current set, of the set
-`old` (None if the method has none) and of the reference (None unless kl_coef > 0). All penalties on
-leaving a set are squared distances of velocities, as in the published code.
+`old` and of the reference, None where `needs` does not name the set. All penalties on leaving a
+set are squared distances of velocities, as in the published code.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,10 +21,13 @@ from flowrl.functional.matching import Matching, Weighting, matching_error, matc
 from flowrl.functional.pairs import dgpo_weight, flow_dpo, preference_margin, unit_sum
 from flowrl.functional.ratios import importance_ratio
 from flowrl.functional.surrogates import ppo_clip
-from flowrl.methods.spec import Loss, require_positive
+from flowrl.methods.spec import Loss, Needs, require_positive
 from flowrl.types import Chunk
 
+Anchor = Literal["reference", "old"]
 NFTLoss = Callable[[Matching, Matching, Tensor, float], Tensor]
+NFTForm = Literal["paper", "code"]
+WeightingName = Literal["uniform", "t", "t_squared", "huber", "ghuber"]
 
 
 def nft_of_paper(new: Matching, old: Matching, optimal: Tensor, mix: float) -> Tensor:
@@ -38,9 +42,9 @@ def nft_of_code(new: Matching, old: Matching, optimal: Tensor, mix: float) -> Te
     )
 
 
-NFT_LOSSES: dict[str, NFTLoss] = {"paper": nft_of_paper, "code": nft_of_code}
+NFT_LOSSES: dict[NFTForm, NFTLoss] = {"paper": nft_of_paper, "code": nft_of_code}
 
-WEIGHTINGS: dict[str, Weighting] = {
+WEIGHTINGS: dict[WeightingName, Weighting] = {
     "uniform": matching.plain,
     "t": matching.times_sigma,
     "t_squared": matching.times_sigma_squared,
@@ -50,13 +54,23 @@ WEIGHTINGS: dict[str, Weighting] = {
 """AWM's, by their names there."""
 
 
-def old_decay(step: int, *, start: int = 0, slope: float = 0.001, most: float = 0.5) -> float:
-    """Share of itself that the set `old` keeps when it moves towards current after `step`.
+def old_decay(updates: int, *, start: int = 0, slope: float = 0.001, most: float = 0.5) -> float:
+    """Share of itself that `old` keeps when it moves towards current after so many updates.
 
-    Paper: DiffusionNFT's code. Its type 1 is the default, type 2 is start=75, slope=.0075,
-    most=.999, and type 0 (on-policy: old is current) is most=0. DGPO: slope=.001, most=.3.
+    Paper: DiffusionNFT's code, which does so once after every rollout. Its type 1 is the default,
+    type 2 is start=75, slope=.0075, most=.999, and type 0 (on-policy: old is current) is most=0.
+    DGPO and AWM: slope=.001, most=.3.
     """
-    return min(max(slope * (step - start), 0.0), most)
+    return min(max(slope * (updates - start), 0.0), most)
+
+
+def renewal(updates: int, *, every: int) -> float:
+    """0 after every `every` updates, when `old` becomes current, else 1: it stays as it is.
+
+    Paper: Flow-GRPO's code, the reference of its online DPO. A rollout's number of updates must
+    divide `every`; otherwise old is renewed less often, at their common multiples.
+    """
+    return 0.0 if updates % every == 0 else 1.0
 
 
 @dataclass(frozen=True)
@@ -83,6 +97,11 @@ class NegativeAware:
     def __post_init__(self) -> None:
         require_positive(mix=self.mix, advantage_limit=self.advantage_limit, scale=self.scale)
         _require_coef(kl_coef=self.kl_coef)
+
+    @property
+    def needs(self) -> Needs:
+        """Old, and all decisions: at advantage 0 both policies attract, so new returns to old."""
+        return Needs(("old", *_reference(self.kl_coef)), advantage=False)
 
     def __call__(
         self, new: Matching, old: Matching | None, reference: Matching | None, chunk: Chunk
@@ -126,6 +145,12 @@ class MatchedRatio:
         require_positive(clip_low=self.clip_low, clip_high=self.clip_high)
         _require_coef(kl_coef=self.kl_coef, old_kl_coef=self.old_kl_coef)
 
+    @property
+    def needs(self) -> Needs:
+        """Old if it is in the ratio or a penalty; all decisions if there is a penalty."""
+        old = ("old",) if self.is_off_policy or self.old_kl_coef > 0 else ()
+        return Needs((*old, *_reference(self.kl_coef)), self.kl_coef == self.old_kl_coef == 0)
+
     def __call__(
         self, new: Matching, old: Matching | None, reference: Matching | None, chunk: Chunk
     ) -> Loss:
@@ -166,6 +191,11 @@ class WeightedMatching:
     def __post_init__(self) -> None:
         _require_coef(kl_coef=self.kl_coef)
 
+    @property
+    def needs(self) -> Needs:
+        """The reference, and all decisions, if there is a penalty."""
+        return Needs(_reference(self.kl_coef), self.kl_coef == 0)
+
     def __call__(
         self, new: Matching, old: Matching | None, reference: Matching | None, chunk: Chunk
     ) -> Loss:
@@ -178,28 +208,35 @@ class WeightedMatching:
 class GroupPreference:
     """DGPO: weighted matching, where a group counts less the better it is ranked already.
 
-    Paper: DGPO, arXiv:2510.08425; its authors' code, without the optional clip of the error. The
-    implicit reward is measured against `old` if the method has one (after 200 steps the code's
-    default), else against the reference.
+    Paper: DGPO, arXiv:2510.08425. Differs: without the clip that its authors' code puts on the
+    change of the error since `old`.
 
     Attributes:
         group_size: samples of a group.
         scale: sharpness of the weight; the paper's beta.
         kl_coef: of the squared distance to the reference's velocity.
+        anchor: "reference" or "old"; the implicit reward is measured against it.
     """
 
     group_size: int
     scale: float = 100.0
     kl_coef: float = 0.0
+    anchor: Anchor = "reference"
 
     def __post_init__(self) -> None:
         require_positive(group_size=self.group_size, scale=self.scale)
         _require_coef(kl_coef=self.kl_coef)
 
+    @property
+    def needs(self) -> Needs:
+        """The anchor, and a whole group in one chunk."""
+        sets = (self.anchor, *_reference(self.kl_coef))
+        return Needs(tuple(dict.fromkeys(sets)), self.kl_coef == 0, self.group_size)
+
     def __call__(
         self, new: Matching, old: Matching | None, reference: Matching | None, chunk: Chunk
     ) -> Loss:
-        anchor = _require(old or reference, "reference", "DGPO compares with it")
+        anchor = _anchor(self.anchor, old, reference, "DGPO compares with it")
         advantage = torch.where(chunk.decisions.mask, chunk.advantage, 0.0)
         weight = dgpo_weight(
             new.error,
@@ -224,17 +261,24 @@ class PairPreference:
 
     Attributes:
         scale: of the margin; the paper's beta.
+        anchor: "reference" or "old"; takes the part of the paper's reference.
     """
 
     scale: float = 100.0
+    anchor: Anchor = "reference"
 
     def __post_init__(self) -> None:
         require_positive(scale=self.scale)
 
+    @property
+    def needs(self) -> Needs:
+        """The anchor, and both of a pair in one chunk."""
+        return Needs((self.anchor,), together=2)
+
     def __call__(
         self, new: Matching, old: Matching | None, reference: Matching | None, chunk: Chunk
     ) -> Loss:
-        anchor = _require(reference, "reference", "DPO compares with it")
+        anchor = _anchor(self.anchor, old, reference, "DPO compares with it")
         in_pair = chunk.decisions.mask & (chunk.advantage != 0)
         wins, loses = in_pair & (chunk.advantage > 0), in_pair & (chunk.advantage < 0)
         is_whole = [unit_sum(side.long(), new.unit) == 1 for side in (wins, loses)]
@@ -275,10 +319,18 @@ def _with_penalties(
     return Loss(values, metrics)
 
 
+def _anchor(name: Anchor, old: Matching | None, reference: Matching | None, why: str) -> Matching:
+    return _require(old if name == "old" else reference, name, why)
+
+
 def _require(evaluation: Matching | None, name: str, why: str) -> Matching:
     if evaluation is None:
         raise ValueError(f"the evaluation of {name!r} is missing, and {why}")
     return evaluation
+
+
+def _reference(kl_coef: float) -> tuple[str, ...]:
+    return ("reference",) if kl_coef > 0 else ()
 
 
 def _require_coef(**numbers: float) -> None:

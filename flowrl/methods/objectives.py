@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from flowrl.functional.advantages import (
 from flowrl.functional.ratios import log_ratio, ratio_norm
 from flowrl.functional.regularizers import gaussian_kl, gaussian_kl_without_dt, k3
 from flowrl.functional.surrogates import dppo, dppo_keep, ppo_clip
-from flowrl.methods.spec import Loss, require_positive
+from flowrl.methods.spec import Loss, Needs, require_positive
 from flowrl.types import Chunk, Decisions, Evaluation, Scores, Tree
 
 AdvantageStd = Literal["group", "global", "none", "leave_one_out"]
@@ -47,10 +48,30 @@ def summed_rewards(
     *,
     normalize: Normalize,
     clip: float,
+    scale: float = 1.0,
 ) -> Tensor:
-    """Advantage [N] of the weighted sum of raw rewards, clamped to +-clip; the tree is not read."""
+    """Advantage [N] of the weighted sum of raw rewards, clamped to +-clip and then times `scale`.
+
+    The tree is not read.
+    """
     total = weighted_sum({n: scores.rewards[n] for n in scores.weights}, scores.weights)
-    return clip_advantages(normalize(total, group_id, scores.valid), clip)
+    return scale * clip_advantages(normalize(total, group_id, scores.valid), clip)
+
+
+def selected_samples(
+    scores: Scores, group_id: Tensor, tree: Tree | None = None, *, select: Normalize
+) -> Tensor:
+    """Weight or sign [N] of each sample by the weighted sum of raw rewards; 0 = not chosen.
+
+    `select` is of `functional.selection`; the tree is not read.
+    """
+    total = weighted_sum({n: scores.rewards[n] for n in scores.weights}, scores.weights)
+    return select(total, group_id, scores.valid)
+
+
+def chosen(advantages: Tensor, group_id: Tensor, tree: Tree | None) -> Tensor:
+    """Bool [N]: the samples with an advantage, for `prune`: the mean is over them alone."""
+    return advantages != 0
 
 
 def normalized_rewards(
@@ -165,7 +186,19 @@ class ClippedRatio:
         if self.kl_coef < 0:
             raise ValueError(f"kl_coef must not be negative, got {self.kl_coef}; 0 = no KL")
 
-    def __call__(self, new: Evaluation, reference: Evaluation | None, chunk: Chunk) -> Loss:
+    @property
+    def needs(self) -> Needs:
+        """The reference, and all decisions, if there is a KL."""
+        has_kl = self.kl_coef > 0
+        return Needs(
+            sets=("reference",) if has_kl else (),
+            advantage=not has_kl,
+            ratio_clip=min(self.clip_low, self.clip_high),
+        )
+
+    def __call__(
+        self, new: Evaluation, old: Evaluation | None, reference: Evaluation | None, chunk: Chunk
+    ) -> Loss:
         change = self.log_ratio(new, chunk.decisions)
         ratio = torch.exp(change)
         values = -ppo_clip(ratio, chunk.advantage, self.clip_low, self.clip_high)
@@ -197,7 +230,14 @@ class DivergenceBound:
     def __post_init__(self) -> None:
         require_positive(threshold=self.threshold)
 
-    def __call__(self, new: Evaluation, reference: Evaluation | None, chunk: Chunk) -> Loss:
+    @property
+    def needs(self) -> Needs:
+        """The bound in terms of the ratio: a KL of k has log-ratios of about sqrt(2 k)."""
+        return Needs(ratio_clip=math.sqrt(2 * self.threshold))
+
+    def __call__(
+        self, new: Evaluation, old: Evaluation | None, reference: Evaluation | None, chunk: Chunk
+    ) -> Loss:
         change = density_log_ratio(new, chunk.decisions)
         ratio = torch.exp(change)
         kl = gaussian_kl(*_behaviour(new, chunk.decisions)).detach()

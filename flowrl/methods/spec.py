@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -19,12 +19,12 @@ from torch import Tensor
 from flowrl.errors import ShapeError
 from flowrl.functional import sde
 from flowrl.functional.aggregate import aggregate
-from flowrl.types import Chunk, Evaluation, PromptBatch, Scores, Tree
+from flowrl.types import Chunk, PromptBatch, Scores, Tree
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Keys = Callable[[PromptBatch, "StepPlan"], Tensor]
 Advantage = Callable[[Scores, Tensor, Tree | None], Tensor]
-Prune = Callable[[Tensor, Tensor, Tree], Tensor]
+Prune = Callable[[Tensor, Tensor, Any], Tensor]
 TailCount = Literal["paper", "code"]
 
 
@@ -137,6 +137,11 @@ class StepPlan:
             )
 
     @property
+    def needs_whole_groups(self) -> bool:
+        """True = a group must lie on one rank, because it grows as one tree."""
+        return self.group_size is not None
+
+    @property
     def num_kept(self) -> int:
         """Trained steps per sample, rounded down as in DanceGRPO's code."""
         return int(self.trained_fraction * len(self.trained))
@@ -176,7 +181,14 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class TokenPlan:
-    """How a token rollout is drawn; the temperature is the policy's own."""
+    """How a token rollout is drawn; the temperature is the policy's own.
+
+    Attributes:
+        group_size, needs_whole_groups: as StepPlan's; any group, anywhere.
+    """
+
+    group_size: int | None = None
+    needs_whole_groups: bool = False
 
 
 @dataclass(frozen=True)
@@ -193,44 +205,80 @@ class Loss:
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What an objective must be given.
+
+    Attributes:
+        sets: those of "old" and "reference" whose view of the decisions it takes.
+        advantage: True = a decision of advantage 0 has no gradient, so it is not evaluated.
+        together: decisions of one unit of the trajectory that must stand in one chunk, at most.
+        ratio_clip: the smallest distance from 1 at which it clips the ratio to the log-probs of the
+            rollout; None = it has no such ratio.
+    """
+
+    sets: tuple[str, ...] = ()
+    advantage: bool = True
+    together: int = 1
+    ratio_clip: float | None = None
+
+
+class Objective(Protocol):
+    """What a method minimises: a frozen record of its numbers.
+
+    `new`, `old` and `reference` are how parameter sets see the chunk's decisions, as the policy's
+    `evaluate` gives it; None for a set that `needs` does not name.
+    """
+
+    @property
+    def needs(self) -> Needs: ...
+    def __call__(self, new: Any, old: Any, reference: Any, chunk: Chunk) -> Loss: ...
+
+
+@dataclass(frozen=True)
 class Method:
     """A named composition. `plan(step)` must depend on its argument alone: every rank asks it.
 
     Attributes:
         name: name in the config.
         paper: title and arXiv id.
-        policy: kind of policy that it trains.
-        plan: training step -> StepPlan or TokenPlan.
+        policy: kind of policy that it trains: "flow" scores the steps of a sampler, "forward" the
+            clean samples of a flow model, noised afresh, "token" the tokens of a sequence.
+        plan: training step -> StepPlan, ForwardPlan or TokenPlan.
         advantage: (scores, group_id, tree) of all ranks -> [N], or [N, T] of the step that each
             sample took (equal for samples of one edge); detached, 0 where invalid. The tree is None
-            for tokens.
-        objective: (new, reference or None, chunk) -> Loss.
+            but for "flow".
+        objective: (new, old, reference, chunk) -> Loss.
         aggregate: (values, mask, denominator) -> scalar loss.
         weighting: (plan, sigmas [T+1]) -> [T], factors on the loss of a step's decisions, detached;
             None = 1.
-        prune: (advantages [N, T], group_id, tree) of all ranks -> bool [N]; decisions from which no
-            True sample descends are left out of the backward; None = all stay.
-        kl_coef: coefficient of the KL inside `objective`; 0 = the reference is never evaluated.
+        prune: (advantages, group_id, tree) of all ranks -> bool [N]; decisions from which no True
+            sample descends are masked, so not counted in the mean either; None = all stay.
+        old_decay: share of itself that the set `old` keeps, when it moves towards current after a
+            rollout was learnt from, by the number of updates so far; None = `old` is not kept.
         numbers: what the plan was made from, for `describe`.
     """
 
     name: str
     paper: str
-    policy: Literal["flow", "token"]
+    policy: Literal["flow", "forward", "token"]
     plan: Callable[[int], Any]
     advantage: Advantage
-    objective: Callable[[Evaluation, Evaluation | None, Chunk], Loss]
-    kl_coef: float = 0.0
+    objective: Objective
     aggregate: Callable[[Tensor, Tensor, float], Tensor] = aggregate
     weighting: Callable[[StepPlan, Tensor], Tensor] | None = None
     prune: Prune | None = None
+    old_decay: Callable[[int], float] | None = None
     numbers: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if "old" in self.objective.needs.sets and self.old_decay is None:
+            raise ValueError(f"{self.name}: the objective looks at 'old', which has no old_decay")
 
     def describe(self) -> list[tuple[str, str]]:
         """Rows (slot, text) with every number in force."""
         rows = [("method", self.name), ("paper", self.paper)]
         rows += [(name, _text(value)) for name, value in self.numbers.items()]
-        for slot in ("advantage", "objective", "aggregate", "weighting", "prune"):
+        for slot in ("advantage", "objective", "aggregate", "weighting", "prune", "old_decay"):
             if (value := getattr(self, slot)) is not None:
                 rows += _slot_rows(slot, value)
         return rows

@@ -38,6 +38,5 @@ def grpo(
             summed_rewards, normalize=NORMALIZERS[advantage_std], clip=advantage_clip
         ),
         objective=ClippedRatio(clip_low, clip_high, token_kl, kl_coef),
-        kl_coef=kl_coef,
         numbers={"decisions": "every token"},
     )

@@ -177,7 +177,6 @@ def tempflow_grpo(
         advantage=partial(advantages_by_step, eps=1e-4, ddof=0, clip=advantage_clip),
         objective=ClippedRatio(clip_range, clip_range, KLS[kl], kl_coef),
         weighting=noise_aware_steps,
-        kl_coef=kl_coef,
         numbers={
             "sampler steps": num_steps,
             "kernel": f"{kernel}(noise_level={noise_level})",

@@ -21,8 +21,9 @@ from flowrl.data.noise import sample_noise, sample_uniform
 from flowrl.functional import sde
 from flowrl.functional.flow import predict_x0
 from flowrl.functional.shapes import at_least_float32
-from flowrl.functional.solvers import dpmpp_2m, resampled
+from flowrl.functional.solvers import dpmpp_2m, euler, resampled
 from flowrl.functional.trees import first_of, sibling_noise
+from flowrl.methods.forward_plan import Solver
 from flowrl.methods.spec import StepPlan
 from flowrl.policies.conditioning import PromptTable
 from flowrl.policies.trajectory import FlowTrajectory, Level
@@ -147,15 +148,37 @@ class FlowPolicy:
 
     @torch.no_grad()
     def sample(self, batch: PromptBatch, *, num_steps: int, guidance_scale: float) -> Rollout:
-        """Images by the deterministic sampler; noise depends on (batch.seed, sample_id) only."""
-        sigmas = self.pipeline.sigmas(num_steps)
-        x = self._noise(batch.seed, batch.sample_id, stream=0)
-        everyone = torch.arange(len(batch))
-        for step in range(num_steps):
-            velocity = self._velocities(x, everyone, batch, sigmas[step], guidance_scale)
-            sigma, sigma_next = (sigmas[i].to(self.device) for i in (step, step + 1))
-            x, _ = sde.ode(at_least_float32(x), velocity, sigma, sigma_next)
+        """Images by Euler's method; noise depends on (batch.seed, sample_id) only."""
+        x = self._solved(batch, self.pipeline.sigmas(num_steps), euler, guidance_scale)
         return self._rollout(batch, x, len(batch) * num_steps, guidance_scale)
+
+    @torch.no_grad()
+    def solve(
+        self, batch: PromptBatch, *, num_steps: int, solver: Solver
+    ) -> tuple[Rollout, Tensor, Tensor]:
+        """Images by a solver with the weights in use and the rollout's guidance.
+
+        Returns:
+            The samples, noise as in `sample`; their clean latents [N, ...] in the storage dtype,
+            as decoded; the sampler's sigmas [T+1], on the CPU.
+        """
+        sigmas = self.pipeline.sigmas(num_steps)
+        x0 = self._solved(batch, sigmas, solver, self.guidance_scale).to(self.storage_dtype)
+        evals = len(batch) * num_steps
+        return self._rollout(batch, x0, evals, self.guidance_scale), x0, sigmas
+
+    def velocity(self, batch: PromptBatch, x_t: Tensor, sigma: Tensor, sample: Tensor) -> Tensor:
+        """Guided velocity of `training_network`, with gradient.
+
+        Args:
+            batch: the samples.
+            x_t: [R, ...], points of the path, on the device.
+            sigma: [R].
+            sample: int64 [R], the sample (index into the batch) that each point belongs to.
+        """
+        conditioning = self._conditioning(batch, sample)
+        network, sigma = self.training_network, sigma.to(self.device)
+        return self._velocity(network, x_t, sigma, conditioning, self.guidance_scale)
 
     def _moves(
         self,
@@ -233,10 +256,34 @@ class FlowPolicy:
         where that step began at sigma = 1, or there was none), up to the noise that lies between.
         """
         points = resampled(sigmas, plan.num_table_steps, plan.num_tail_steps)
+        return self._walk(batch, x, sample, points, dpmpp_2m, self.guidance_scale, history)
+
+    def _solved(
+        self, batch: PromptBatch, sigmas: Tensor, solver: Solver, guidance_scale: float
+    ) -> Tensor:
+        """The end of every sample's way from its own noise."""
+        x = self._noise(batch.seed, batch.sample_id, stream=0)
+        everyone = torch.arange(len(batch))
+        return self._walk(batch, x, everyone, sigmas, solver, guidance_scale)
+
+    def _walk(
+        self,
+        batch: PromptBatch,
+        x: Tensor,
+        sample: Tensor,
+        points: Tensor,
+        solver: Solver,
+        guidance_scale: float,
+        history: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """The states x [n, ...] of the samples at `sample` [n], moved along the sigmas `points`.
+
+        `history` is (x0, sigma) of the step before, for solvers of higher order.
+        """
         for sigma, sigma_next in pairwise(points):
-            velocity = self._velocities(x, sample, batch, sigma, self.guidance_scale)
+            velocity = self._velocities(x, sample, batch, sigma, guidance_scale)
             old_x0, old_sigma = history if history is not None else (None, None)
-            moved, x0 = dpmpp_2m(
+            x, x0 = solver(
                 at_least_float32(x),
                 velocity,
                 sigma.to(self.device),
@@ -244,7 +291,7 @@ class FlowPolicy:
                 previous_x0=old_x0,
                 previous_sigma=None if old_sigma is None else old_sigma.to(self.device),
             )
-            x, history = moved.to(self.storage_dtype), (x0, sigma)
+            history = (x0, sigma)
         return x
 
     def _velocities(

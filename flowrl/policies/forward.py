@@ -3,7 +3,8 @@
 What is kept of a rollout is the clean latents alone. The levels sigma and the noises at which they
 are trained are functions of (batch.seed, sample_id or group_id, draw), made again whenever they are
 asked for, so every parameter set sees the same points and neither the chunk nor the world size can
-change one. Reading order: `ForwardPlan`, `ForwardTrajectory`, `evaluate`, `ForwardPolicy`.
+change one. Reading order: methods/forward_plan.py, `ForwardTrajectory`, `evaluate`,
+`ForwardPolicy`.
 """
 
 from __future__ import annotations
@@ -12,55 +13,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowrl.data.noise import sample_noise, sample_uniform
 from flowrl.functional.flow import interpolate
 from flowrl.functional.matching import Matching
 from flowrl.functional.shapes import at_least_float32
 from flowrl.functional.sigma_draws import stratified
-from flowrl.protocols import Weights
+from flowrl.methods.forward_plan import ForwardPlan, Solver
+from flowrl.protocols import FlowPipeline, Weights
 from flowrl.types import Decisions, PromptBatch, Rollout
-
-SigmaDraw = Callable[[Tensor, Tensor], Tensor]
-"""(uniform numbers in [0, 1), the sampler's sigmas [T+1]) -> sigmas; see `sigma_draws`."""
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x_t [R, ...], sigma [R], sample int64 [R], an index into the batch) -> velocity [R, ...]."""
-
-
-@dataclass(frozen=True)
-class ForwardPlan:
-    """How samples are drawn and where on the path they are trained.
-
-    Attributes:
-        num_steps: steps of the deterministic sampler.
-        num_draws: (sigma, noise) pairs per sample, one network evaluation of training each.
-        sigma_draw: distribution of sigma.
-        is_stratified: a sample's draws fall one into each of num_draws equal parts of it.
-        shares_draws: the samples of a group are trained at the same (sigma, noise) pairs, as pair
-            and group preferences need; a pair of a data set is a group of two.
-        rollout_with: the parameter set that draws the samples.
-        shared_noise: a group starts from one x_T.
-    """
-
-    num_steps: int
-    num_draws: int
-    sigma_draw: SigmaDraw
-    is_stratified: bool = True
-    shares_draws: bool = False
-    rollout_with: Literal["current", "old"] = "current"
-    shared_noise: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("num_steps", "num_draws"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.rollout_with not in ("current", "old"):
-            raise ValueError(f"rollout_with must be current or old, got {self.rollout_with!r}")
 
 
 @dataclass(frozen=True)
@@ -100,6 +68,11 @@ class ForwardTrajectory:
     def num_rows(self) -> int:
         """One per decision."""
         return len(self.batch) * self.plan.num_draws
+
+    @property
+    def tree(self) -> None:
+        """No tree: every sample has its own start."""
+        return None
 
     @cached_property
     def unit(self) -> Tensor:
@@ -173,15 +146,17 @@ def evaluate(trajectory: ForwardTrajectory, index: Tensor, velocity: Velocity) -
 class LatentSampler(Protocol):
     """What the forward policy asks of a flow policy: to solve, to look, and the rest of a Policy.
 
-    `solve` draws by the deterministic sampler with the weights in use, and returns the decoded
+    `solve` draws by a deterministic sampler with the weights in use, and returns the decoded
     rollout, the clean latents [N, ...] in the storage dtype and the sampler's sigmas [T+1];
-    `velocity` is guided and goes through the network that is trained.
+    `velocity` is guided and goes through `training_network`.
     """
 
+    pipeline: FlowPipeline
     weights: Weights
+    training_network: nn.Module
 
     def solve(
-        self, batch: PromptBatch, *, num_steps: int, shared_noise: bool
+        self, batch: PromptBatch, *, num_steps: int, solver: Solver
     ) -> tuple[Rollout, Tensor, Tensor]: ...
     def velocity(
         self, batch: PromptBatch, x_t: Tensor, sigma: Tensor, sample: Tensor
@@ -196,17 +171,27 @@ class ForwardPolicy:
 
     def __init__(self, sampler: LatentSampler) -> None:
         self.sampler = sampler
+        self.pipeline = sampler.pipeline
         self.weights = sampler.weights
         self.sample = sampler.sample
         self.precompute = sampler.precompute
         self.save = sampler.save
+
+    @property
+    def training_network(self) -> nn.Module:
+        """What `evaluate` calls: the sampler's."""
+        return self.sampler.training_network
+
+    @training_network.setter
+    def training_network(self, network: nn.Module) -> None:
+        self.sampler.training_network = network
 
     @torch.no_grad()
     def rollout(self, batch: PromptBatch, plan: ForwardPlan) -> tuple[Rollout, ForwardTrajectory]:
         """Draws one image per sample with the plan's parameter set, and keeps its clean latent."""
         with self.weights.use(plan.rollout_with):
             rollout, x0, sigmas = self.sampler.solve(
-                batch, num_steps=plan.num_steps, shared_noise=plan.shared_noise
+                batch, num_steps=plan.num_steps, solver=plan.solver
             )
         return rollout, ForwardTrajectory(batch, plan, sigmas, x0)
 

@@ -38,6 +38,11 @@ class TokenTrajectory:
         return len(self.tokens)
 
     @property
+    def unit(self) -> Tensor:
+        """Int64 [E]: each decision is one of its own."""
+        return self.decisions.row
+
+    @property
     def tree(self) -> None:
         """No tree: sequences have nothing in common."""
         return None

@@ -100,6 +100,11 @@ class FlowTrajectory:
         return Decisions(**{k: None if v[0] is None else torch.cat(v) for k, v in values.items()})
 
     @property
+    def unit(self) -> Tensor:
+        """Int64 [E]: the row, so that siblings are scored by one forward."""
+        return self.decisions.row
+
+    @property
     def num_rows(self) -> int:
         """States with a trained outgoing step."""
         return len(self._rows.sample)

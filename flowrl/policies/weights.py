@@ -1,4 +1,4 @@
-"""The parameter sets of a policy: current, reference, ema. They change places in one network.
+"""The parameter sets of a policy: current, reference, ema, old. They change places in one network.
 
 `FullWeights` trains every parameter and keeps a frozen copy as the reference, if one is needed;
 `LoraWeights` trains adapters, and the reference is the network with the adapter switched off;
@@ -23,15 +23,18 @@ _ADAPTER = "default"
 
 
 class _Weights(ABC):
-    """Trainable parameters by name, their moving average, and the changing of places."""
+    """Trainable parameters by name, what follows them (ema, old), and the changing of places."""
 
-    def __init__(self, network: nn.Module, *, ema_decay: float | None) -> None:
+    def __init__(
+        self, network: nn.Module, *, ema_decay: float | None, with_old: bool = False
+    ) -> None:
         self.network = network
         self.ema_decay = ema_decay
         # Full precision for what the optimiser moves: bf16 cannot hold an update of 1e-5.
         for parameter in self.trainable():
             parameter.data = at_least_float32(parameter.data)
         self.ema = None if ema_decay is None else self._copy()
+        self.old = self._copy() if with_old else None
 
     def trainable(self) -> Iterator[nn.Parameter]:
         """The parameters that the optimiser moves, in a fixed order."""
@@ -42,8 +45,21 @@ class _Weights(ABC):
         if self.ema is None or self.ema_decay is None:
             return
         decay = min(self.ema_decay, (1 + num_updates) / (10 + num_updates))
-        averages = list(self.ema.values())
-        torch._foreach_lerp_(averages, [p.detach() for p in self.trainable()], 1 - decay)
+        self._follow(self.ema, decay)
+
+    def update_old(self, decay: float) -> None:
+        """Old becomes decay * old + (1 - decay) * current; 0 makes it current, 1 leaves it.
+
+        Raises:
+            ConfigError: the run does not keep it.
+        """
+        if self.old is None:
+            raise ConfigError(_missing("old"))
+        self._follow(self.old, decay)
+
+    def _follow(self, values: dict[str, Tensor], decay: float) -> None:
+        current = [p.detach() for p in self.trainable()]
+        torch._foreach_lerp_(list(values.values()), current, 1 - decay)
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
@@ -57,19 +73,19 @@ class _Weights(ABC):
         elif name == "ema" and self.ema is not None:
             with self._swapped(self.ema):
                 yield
+        elif name == "old" and self.old is not None:
+            with self._swapped(self.old):
+                yield
         elif name == "reference":
             with self._reference():
                 yield
         else:
-            raise ConfigError(
-                f"this run keeps no {name!r} weights; set optim.ema_decay for 'ema', "
-                "or choose 'current' or 'reference'"
-            )
+            raise ConfigError(_missing(name))
 
     def state_dict(self) -> dict[str, Any]:
-        """Trainable tensors under `current.` and averages under `ema.`, detached."""
-        state = {f"current.{name}": value for name, value in self._named()}
-        return state | {f"ema.{name}": value for name, value in (self.ema or {}).items()}
+        """The sets that change, as `current.NAME`, `ema.NAME` and `old.NAME`, detached."""
+        sets = {"current": dict(self._named()), "ema": self.ema or {}, "old": self.old or {}}
+        return {f"{s}.{name}": value for s, named in sets.items() for name, value in named.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copies what `state_dict` gave into place; names and shapes must match exactly.
@@ -85,7 +101,7 @@ class _Weights(ABC):
             raise ConfigError(
                 f"the checkpoint's weights are not this run's: {len(differ)} names or shapes are "
                 f"only in one of them, e.g. {name} {list(shape)}; resume with the model, tuning "
-                "and EMA it was made with"
+                "and EMA it was made with, and the method that keeps or does not keep 'old'"
             )
         for name, value in mine.items():
             value.copy_(state[name])
@@ -120,10 +136,15 @@ class FullWeights(_Weights):
     """Every parameter is trained; the reference is a frozen copy, kept only on request."""
 
     def __init__(
-        self, network: nn.Module, *, with_reference: bool, ema_decay: float | None = None
+        self,
+        network: nn.Module,
+        *,
+        with_reference: bool,
+        ema_decay: float | None = None,
+        with_old: bool = False,
     ) -> None:
         network.requires_grad_(True)
-        super().__init__(network, ema_decay=ema_decay)
+        super().__init__(network, ema_decay=ema_decay, with_old=with_old)
         self.reference = self._copy() if with_reference else None
 
     def save(self, pipeline: Any, folder: Path) -> None:
@@ -132,7 +153,7 @@ class FullWeights(_Weights):
 
     def _reference(self) -> AbstractContextManager[None]:
         if self.reference is None:
-            raise ConfigError("full tuning keeps no reference copy unless the method uses a KL")
+            raise ConfigError("full tuning keeps no reference copy unless the method looks at it")
         return self._swapped(self.reference)
 
 
@@ -148,6 +169,7 @@ class LoraWeights(_Weights):
         target_modules: list[str],
         seed: int,
         ema_decay: float | None = None,
+        with_old: bool = False,
     ) -> None:
         from peft import LoraConfig
 
@@ -158,7 +180,7 @@ class LoraWeights(_Weights):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network.add_adapter(config, adapter_name=_ADAPTER)
-        super().__init__(network, ema_decay=ema_decay)
+        super().__init__(network, ema_decay=ema_decay, with_old=with_old)
 
     @contextmanager
     def _reference(self) -> Iterator[None]:
@@ -186,3 +208,11 @@ class FrozenWeights(_Weights):
 
     def _reference(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+
+def _missing(name: str) -> str:
+    """Why a set cannot be used."""
+    return (
+        f"this run keeps no {name!r} weights; set optim.ema_decay for 'ema', use a method that "
+        "keeps 'old', or choose 'current' or 'reference'"
+    )

@@ -27,6 +27,14 @@ KEYS = {
     "train/advantage_abs_mean": "mean of |advantage| over the valid samples",
     "train/grad_norm": "global norm of the gradient before clipping, mean over the step's updates",
     "train/lr": "learning rate of the step's last update",
+    "train/matching_error": "squared error of the velocity at fresh noise, mean over dims",
+    "train/optimality": "DiffusionNFT's optimality of a sample, its advantage moved to [0, 1]",
+    "train/old_distance": "squared distance of the velocity from old's, mean over dims",
+    "train/old_kl": "the same distance where it is a penalty; absent when old_kl_coef is 0",
+    "train/clip_frac": "share of decisions whose ratio a bound clips, of methods with one share",
+    "train/weight": "weight of a decision in the loss",
+    "train/margin": "implicit reward of a pair's winner minus its loser's",
+    "train/ranked_right": "share of pairs whose margin is positive",
     "train/window_start": "first sampler step of the stochastic window, from 0",
     "train/num_decisions": "decisions that the step trained on, over all processes",
     "reward/<name>/mean": "mean of one reward over the rollout's samples for which it is valid",
@@ -45,6 +53,8 @@ KEYS = {
     "perf/nfe_per_image": "network evaluations of the rollout per image; guidance counts as two",
     "perf/train_rows_per_image": "network evaluations with gradient per image; guidance counts as "
     "two",
+    "perf/frozen_rows_per_image": "network evaluations without gradient in training per image: of "
+    "old, of the reference, to recompute log-probs; guidance counts as two",
     "perf/network_evals": "network evaluations of rollout and training since the run's beginning",
     "perf/max_memory_gb": "peak memory so far: of the accelerator, or of the process without one",
     "samples/train": "images of the rollout with prompts and rewards",

@@ -90,6 +90,8 @@ class Trainer:
         run: the run's folder.
         accelerator: that prepared the learner's parts.
         policy, method, rewards, sampler, evaluator, learner: the parts.
+        ratio_tolerance: how far from 1 a ratio may be on the first pass; None = the method has no
+            ratio of log-probs.
     """
 
     def __init__(
@@ -104,7 +106,7 @@ class Trainer:
         sampler: GroupSampler,
         evaluator: Evaluator,
         learner: Learner,
-        ratio_tolerance: float,
+        ratio_tolerance: float | None,
     ) -> None:
         self.config = config
         self.run_folder = run
@@ -228,7 +230,8 @@ class Trainer:
         }
         num_samples = self.sampler.num_groups * self.sampler.group_size
         metrics["perf/images_per_s"] = num_samples / step_s
-        per_image = metrics["perf/nfe_per_image"] + metrics["perf/train_rows_per_image"]
+        kinds = ("nfe", "train_rows", "frozen_rows")
+        per_image = sum(metrics[f"perf/{kind}_per_image"] for kind in kinds)
         self.network_evals += round(num_samples * per_image)
         metrics["perf/network_evals"] = float(self.network_evals)
         self.progress.update(self._step, metrics)
@@ -256,9 +259,9 @@ class Trainer:
         forest = None if tree is None else Tree(gather(tree.keys), gather(tree.log_prob))
         advantages = self.method.advantage(everyone, group_id, forest)
         valid = everyone.valid
+        if self.method.prune is not None:
+            valid = valid & self.method.prune(advantages, group_id, forest)
         if forest is not None:
-            if self.method.prune is not None:
-                valid = valid & self.method.prune(advantages, group_id, forest)
             valid = forest.any_below(valid)
         share = len(batch)
         first = self.accelerator.process_index * share
@@ -267,16 +270,18 @@ class Trainer:
         return advantages[mine], valid[mine], metrics
 
     def _counts(self, rollout: Rollout, result: StepResult, plan: Any) -> dict[str, float]:
-        evals, rows = total(
-            self.accelerator, [float(rollout.network_evals), float(result.num_rows)]
+        evals, rows, frozen = total(
+            self.accelerator,
+            [float(n) for n in (rollout.network_evals, result.num_rows, result.num_frozen_rows)],
         )
         num_samples = self.sampler.num_groups * self.sampler.group_size
-        rows *= 1 if self.config.model.guidance_scale == 1 else 2  # as the rollout counts them
+        per_row = 1 if self.config.model.guidance_scale == 1 else 2  # as the rollout counts them
         counts = {
             "train/num_decisions": float(result.num_decisions),
             "train/lr": float(self.learner.optimizer.param_groups[0]["lr"]),
             "perf/nfe_per_image": evals / num_samples,
-            "perf/train_rows_per_image": rows / num_samples,
+            "perf/train_rows_per_image": rows * per_row / num_samples,
+            "perf/frozen_rows_per_image": frozen * per_row / num_samples,
         }
         if isinstance(plan, StepPlan) and plan.trained:
             counts["train/window_start"] = float(plan.trained[0])
@@ -296,6 +301,11 @@ class Trainer:
         rollout, trajectory = self.policy.rollout(few, plan)
         pair = rollout.images[:1].repeat(2, 1, 1, 1) if len(few) < 2 else rollout.images[:2]
         self.rewards.probe(pair, batch.prompts[0])
+        if self.ratio_tolerance is None:
+            self.progress.message(
+                f"first pass: {self.method.name} has no ratio of log-probs to check"
+            )
+            return
         deviation = self.learner.first_ratio_deviation(trajectory)
         self.progress.message(
             f"first pass: |ratio - 1| <= {deviation:.1e} (tolerance {self.ratio_tolerance:.1e})"

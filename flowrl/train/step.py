@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from flowrl.errors import NonFiniteError
 from flowrl.methods.spec import Loss, Method
-from flowrl.protocols import Policy, Stepped, Trajectory
-from flowrl.types import Chunk, Decisions, Evaluation, PromptBatch
+from flowrl.protocols import Policy, Stepped, Trajectory, View
+from flowrl.types import Chunk, Decisions, PromptBatch
 
 
 @dataclass
@@ -52,10 +52,18 @@ class Sums:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step's updates did; `num_rows` counts this rank's rows, the rest all ranks'."""
+    """What a step's updates did.
+
+    Attributes:
+        metrics: of all ranks.
+        num_rows: network evaluations with gradient, of this rank.
+        num_frozen_rows: those without, of other parameter sets or to recompute, of this rank.
+        num_decisions: of all ranks.
+    """
 
     metrics: dict[str, float]
     num_rows: int
+    num_frozen_rows: int
     num_decisions: int
 
 
@@ -116,13 +124,16 @@ class Learner:
             advantages: [N], or [N, T] of the step that each sample took; detached.
             valid: bool [N] or [N, T], False = the decision is masked.
 
+        Afterwards the set `old` follows, where the method keeps one.
+
         Raises:
             NonFiniteError: a loss or gradient is not finite; the weights are as before the update.
         """
         data = trajectory.decisions
         data = replace(data, mask=data.mask & _like(_per_decision(valid, data), data.mask))
+        num_recomputed = 0
         if self.recompute_old_log_prob:
-            data = self._recomputed(trajectory, data)
+            data, num_recomputed = self._recomputed(trajectory, data), trajectory.num_rows
         advantage = _like(_per_decision(advantages, data), data.mask).float()
         advantage = advantage.expand(data.mask.shape)
         weight = self._weight(trajectory, data)
@@ -133,13 +144,16 @@ class Learner:
                 mine = update_of == update
                 denominator = total(self.accelerator, [float(data.mask[mine].sum())])[0]
                 num_decisions += denominator
-                chunks = self._chunks(data, advantage, weight, mine)
+                chunks = self._chunks(trajectory, data, advantage, weight, mine)
                 if chunks:
                     num_rows += sum(len(torch.unique(data.row[index])) for index, _ in chunks)
                     norms.append(self._update(trajectory, chunks, denominator, sums))
         metrics = sums.reduce(self.accelerator, num_decisions)
         metrics["grad_norm"] = sum(norms) / max(len(norms), 1)
-        return StepResult(metrics, num_rows, int(num_decisions))
+        if self.method.old_decay is not None:
+            self.policy.weights.update_old(self.method.old_decay(self.num_updates))
+        num_frozen = num_recomputed + num_rows * len(self.method.objective.needs.sets)
+        return StepResult(metrics, num_rows, num_frozen, int(num_decisions))
 
     def first_ratio_deviation(self, trajectory: Trajectory) -> float:
         """Largest |ratio - 1| of the stored decisions before any update, over all ranks."""
@@ -163,7 +177,8 @@ class Learner:
             is_last = position == len(chunks) - 1
             with nullcontext() if is_last else accelerator.no_sync(self.network):
                 new = self.policy.evaluate(trajectory, index)
-                loss = self.method.objective(new, self._reference(trajectory, index), chunk)
+                old, reference = (self._seen_by(s, trajectory, index) for s in ("old", "reference"))
+                loss = self.method.objective(new, old, reference, chunk)
                 loss = weighted(loss, chunk.weight)
                 value = self.method.aggregate(loss.values, chunk.decisions.mask, denominator)
                 if not torch.isfinite(value):
@@ -187,18 +202,24 @@ class Learner:
         return norm
 
     def _chunks(
-        self, data: Decisions, advantage: Tensor, weight: Tensor | None, mine: Tensor
+        self,
+        trajectory: Trajectory,
+        data: Decisions,
+        advantage: Tensor,
+        weight: Tensor | None,
+        mine: Tensor,
     ) -> list[tuple[Tensor, Chunk]]:
         """(index, chunk) pairs, as many on every rank: a rank with fewer adds masked ones.
 
-        Decisions without an advantage teach nothing unless there is a KL: they are left out, and
-        stay in the denominator.
+        Decisions without an advantage, where the objective needs one, teach nothing: they are left
+        out, and stay in the denominator.
         """
-        teaches = data.mask if self.method.kl_coef > 0 else data.mask & (advantage != 0)
+        needs_one = self.method.objective.needs.advantage
+        teaches = data.mask & (advantage != 0) if needs_one else data.mask
         live = (mine & teaches.flatten(1).any(1) if teaches.ndim > 1 else mine & teaches).nonzero()
         device = self.accelerator.device
         chunks = []
-        for index in self._split(data.row, live.flatten()):
+        for index in self._split(trajectory, live.flatten()):
             part = data.select(index).to(device)
             mine_weight = None if weight is None else weight[index].to(device)
             chunks.append((index, Chunk(part, advantage[index].to(device), mine_weight)))
@@ -218,19 +239,31 @@ class Learner:
             raise ValueError(f"{self.method.name} weights sampler steps, and tokens have none")
         return self.method.weighting(trajectory.plan, trajectory.sigmas).float()[data.step]
 
-    def _split(self, row: Tensor, index: Tensor) -> list[Tensor]:
-        """The decisions at `index`, cut so that no part has more than rows_per_chunk rows."""
-        if not len(index):
-            return []
-        place = torch.unique_consecutive(row[index], return_inverse=True)[1]
-        sizes = torch.bincount(place // self.rows_per_chunk).tolist()
-        return list(index.split(sizes))
+    def _split(self, trajectory: Trajectory, index: Tensor) -> list[Tensor]:
+        """The decisions at `index`, ascending, cut between units of the trajectory.
+
+        A part has at most rows_per_chunk rows, unless a single unit has more.
+        """
+        unit = torch.unique_consecutive(trajectory.unit[index], return_inverse=True)[1]
+        row = trajectory.decisions.row[index]
+        is_new = torch.ones_like(row, dtype=torch.bool)
+        is_new[1:] = row[1:] != row[:-1]
+        sizes, rows = torch.bincount(unit).tolist(), torch.bincount(unit[is_new]).tolist()
+        parts: list[int] = []
+        room = 0
+        for size, needed in zip(sizes, rows, strict=True):
+            if needed > room:
+                parts.append(0)
+                room = self.rows_per_chunk
+            parts[-1] += size
+            room -= needed
+        return list(index.split(parts)) if parts else []
 
     @torch.no_grad()
     def _recomputed(self, trajectory: Trajectory, data: Decisions) -> Decisions:
         """The decisions with log-probs of the current weights, scored in the chunks of training."""
-        parts = self._split(data.row, torch.arange(len(data.row)))
-        fresh = [self.policy.evaluate(trajectory, index) for index in parts]
+        parts = self._split(trajectory, torch.arange(len(data.row)))
+        fresh: list[Any] = [self.policy.evaluate(trajectory, index) for index in parts]
         data = replace(data, old_log_prob=torch.cat([each.log_prob.cpu() for each in fresh]))
         if data.old_mean is None:
             return data
@@ -238,11 +271,11 @@ class Learner:
         return replace(data, old_mean=torch.cat(means))
 
     @torch.no_grad()
-    def _reference(self, trajectory: Trajectory, index: Tensor) -> Evaluation | None:
-        """The reference's view of the decisions; not computed when no KL asks for it."""
-        if self.method.kl_coef == 0:
+    def _seen_by(self, name: str, trajectory: Trajectory, index: Tensor) -> View | None:
+        """A parameter set's view of the decisions; None where the objective does not need it."""
+        if name not in self.method.objective.needs.sets:
             return None
-        with self.policy.weights.use("reference"):
+        with self.policy.weights.use(name):
             return self.policy.evaluate(trajectory, index)
 
 
@@ -275,16 +308,17 @@ def _like(values: Tensor, shaped: Tensor) -> Tensor:
     return values.reshape(values.shape + (1,) * (shaped.ndim - 1))
 
 
-def _not_finite(new: Evaluation, chunk: Chunk) -> NonFiniteError:
+def _not_finite(new: View, chunk: Chunk) -> NonFiniteError:
     """Which of the chunk's ingredients is not finite, for the message."""
     mask = chunk.decisions.mask
     parts = {
-        "log_prob": new.log_prob,
+        **new.scalars,
         "old_log_prob": chunk.decisions.old_log_prob,
         "advantage": chunk.advantage,
     }
     bad = {n: int((~torch.isfinite(v[mask])).sum()) for n, v in parts.items()}
-    where = ", ".join(f"{count} of {name}" for name, count in bad.items() if count) or "the KL"
+    where = ", ".join(f"{count} of {name}" for name, count in bad.items() if count)
+    where = where or "what is compared with another parameter set"
     sigma = chunk.decisions.sigma
     return NonFiniteError(
         f"the loss is not finite; of {int(mask.sum())} decisions at sigma {float(sigma.min()):.3g} "

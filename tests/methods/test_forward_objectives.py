@@ -11,7 +11,6 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -33,9 +32,10 @@ from flowrl.methods.forward_objectives import (
     WeightedMatching,
     old_decay,
 )
-from flowrl.methods.spec import Loss
+from flowrl.methods.forward_plan import ForwardPlan
+from flowrl.methods.spec import Loss, Objective
 from flowrl.policies import forward
-from flowrl.policies.forward import ForwardPlan, ForwardPolicy, ForwardTrajectory
+from flowrl.policies.forward import ForwardPolicy, ForwardTrajectory
 from flowrl.toys import TargetReward
 from flowrl.types import Chunk
 from tests.methods import forward_oracles as oracles
@@ -43,7 +43,6 @@ from tests.policies.toy_flow import GROUPS, SIZE, make_batch, perturb
 from tests.policies.toy_forward import make_forward_policy
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
-Objective = Callable[[Matching, Matching | None, Matching | None, Chunk], Loss]
 
 
 @dataclass(frozen=True)
@@ -202,12 +201,9 @@ def test_rwr_equals_its_oracle(kl_coef: float) -> None:
 @pytest.mark.parametrize("has_old", [False, True])
 def test_dgpo_equals_its_oracle(has_old: bool) -> None:
     world, advantages = make_world(shares_draws=True), drawn_advantages()
-    objective = GroupPreference(SIZE, scale=30.0, kl_coef=0.3)
-
-    def call(new: Matching, old: Any, reference: Any, chunk: Chunk) -> Loss:
-        return objective(new, old if has_old else None, reference, chunk)
-
-    loss, record = world.loss(call, advantages)
+    name = "old" if has_old else "reference"
+    objective = GroupPreference(SIZE, scale=30.0, kl_coef=0.3, anchor=name)
+    loss, record = world.loss(objective, advantages)
     anchor = world.old if has_old else world.reference
     expected = oracles.dgpo_loss(
         world.field(world.network),

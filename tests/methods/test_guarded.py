@@ -54,7 +54,7 @@ def test_grpo_guard_has_the_numbers_of_its_paper() -> None:
     assert plan.num_steps == 10 and plan.stochastic == tuple(range(10))
     assert plan.trained == tuple(range(9)) and plan.store_mean and plan.keys is own_noise
     clip = ClippedRatio(2e-6, 2e-6, KLS["paper"], log_ratio=normalized_log_ratio)
-    assert method.objective == clip and method.kl_coef == 0
+    assert method.objective == clip and not method.objective.needs.sets
     sigmas = torch.tensor([1.0, 0.8, 0.3, 0.0])
     torch.testing.assert_close(inverse_dt_steps(plan, sigmas), 1 / torch.tensor([0.2, 0.5, 0.3]))
     # The std of the group: 1 and .1 in two groups of two; plain Flow-GRPO takes everybody's.
@@ -69,7 +69,7 @@ def test_grpo_guard_has_the_numbers_of_its_paper() -> None:
 
 def test_flow_dppo_has_the_numbers_of_its_recipe() -> None:
     method = flow_dppo()
-    assert method.objective == DivergenceBound(1e-5) and method.kl_coef == 0
+    assert method.objective == DivergenceBound(1e-5) and not method.objective.needs.sets
     plans = [method.plan(step) for step in range(60)]
     assert all(plan.store_mean and plan.num_steps == 10 for plan in plans)
     assert all(plan.stochastic == plan.trained and len(plan.trained) == 2 for plan in plans)

@@ -21,7 +21,7 @@ from torch import Tensor
 from flowrl.methods import METHODS, Method
 from flowrl.methods.flow import dance_grpo, flow_grpo, flow_grpo_fast, mix_grpo, mix_grpo_flash
 from flowrl.methods.objectives import KLS, ClippedRatio, transition_kl
-from flowrl.methods.spec import KERNELS, StepPlan, Tail, TokenPlan, own_noise, shared_start
+from flowrl.methods.spec import KERNELS, Needs, StepPlan, Tail, TokenPlan, own_noise, shared_start
 from flowrl.methods.token import grpo
 from flowrl.methods.trees import branch_grpo, parent_keys, tempflow_grpo
 from flowrl.types import Chunk, Decisions, Evaluation, Scores
@@ -65,7 +65,7 @@ def test_flow_grpo_has_the_numbers_of_its_paper() -> None:
     assert transition(plan, 1.0, 0.9)[1] == pytest.approx(0.7, abs=1e-12)
     # The published .04 belongs to kl="code"; without a choice there is no KL.
     assert method.objective == ClippedRatio(1e-4, 1e-4, KLS["paper"], 0.0)
-    assert method.kl_coef == 0
+    assert method.objective.needs == Needs(ratio_clip=1e-4)
     # The std of the epoch: of 0, 2, 5, 5.2, with mean 3.05, it is sqrt(18.83 / 4).
     expected = torch.tensor([-1, 1, -0.1, 0.1]).double() / (math.sqrt(18.83 / 4) + 1e-4)
     torch.testing.assert_close(advantages(method, [0, 2, 5, 5.2]), expected, rtol=1e-6, atol=0)
@@ -80,7 +80,7 @@ def test_dance_grpo_has_the_numbers_of_its_paper() -> None:
     assert plan.trained_fraction == 0.6 and plan.num_kept == 9
     # drift .5 + .09 / (2 * .5) * 1.25 = .6125; std .3 * sqrt(.25).
     assert transition(plan, 0.5, 0.25) == pytest.approx((1 - 0.25 * 0.6125, 0.15), abs=1e-12)
-    assert method.objective == ClippedRatio(1e-4, 1e-4, KLS["paper"], 0.0) and method.kl_coef == 0
+    assert method.objective == ClippedRatio(1e-4, 1e-4, KLS["paper"], 0.0)
 
 
 def test_mix_grpo_has_the_numbers_of_its_paper() -> None:
@@ -91,14 +91,14 @@ def test_mix_grpo_has_the_numbers_of_its_paper() -> None:
     assert method.plan(24).trained[0] == 0 and method.plan(25).trained == (1, 2, 3, 4)
     assert method.plan(10_000).trained == (20, 21, 22, 23)  # stays, one step before the end
     assert transition(plan, 0.5, 0.25) == pytest.approx((1 - 0.25 * 1.1125, 0.35), abs=1e-12)
-    assert method.objective == ClippedRatio(1e-4, 1e-4, KLS["paper"], 0.0) and method.kl_coef == 0
+    assert method.objective == ClippedRatio(1e-4, 1e-4, KLS["paper"], 0.0)
 
 
 def test_grpo_has_the_numbers_of_its_paper() -> None:
     method = grpo()
     assert method.policy == "token" and method.plan(3) == TokenPlan()
     assert (method.objective.clip_low, method.objective.clip_high) == (0.2, 0.2)
-    assert method.kl_coef == method.objective.kl_coef == 0
+    assert method.objective.kl_coef == 0 and method.objective.needs.sets == ()
     # The std of the group, ddof 0: 1 for both groups, whatever their scale.
     expected = torch.tensor([-1, 1, -0.1, 0.1]) / (torch.tensor([1, 1, 0.1, 0.1]) + 1e-4)
     torch.testing.assert_close(advantages(method, [0, 2, 5, 5.2]), expected.double())
@@ -283,6 +283,66 @@ OTHER: dict[str, dict[str, Any]] = {
         "advantage_std": "group",
         "shared_noise": True,
     },
+    "diffusion_nft": {
+        "num_steps": 7,
+        "solver": "ode",
+        "num_draws": 3,
+        "trained_fraction": 0.616,
+        "loss": "paper",
+        "mix": 0.13,
+        "advantage_std": "global",
+        "advantage_clip": 3.25,
+        "decay_start": 75,
+        "decay_slope": 0.0075,
+        "decay_most": 0.999,
+        "kl_coef": 0.017,
+    },
+    "awm": {
+        "num_steps": 7,
+        "solver": "dpmpp_2m",
+        "num_draws": 3,
+        "first_step": 2,
+        "trained_fraction": 0.616,
+        "weighting": "huber",
+        "clip_range": 0.013,
+        "off_policy": True,
+        "advantage_std": "group",
+        "advantage_clip": 3.25,
+        "advantage_scale": 0.31,
+        "decay_slope": 0.0075,
+        "decay_most": 0.37,
+        "kl_coef": 0.017,
+        "old_kl_coef": 0.71,
+    },
+    "dgpo": {
+        "group_size": 13,
+        "num_steps": 7,
+        "solver": "ode",
+        "num_draws": 3,
+        "trained_fraction": 0.616,
+        "scale": 17.5,
+        "anchor": "old",
+        "old_from": 31,
+        "advantage_std": "global",
+        "advantage_clip": 3.25,
+        "decay_slope": 0.0075,
+        "decay_most": 0.37,
+        "kl_coef": 0.017,
+    },
+    "online_dpo": {
+        "num_steps": 7,
+        "solver": "dpmpp_2m",
+        "num_draws": 3,
+        "scale": 17.5,
+        "renew_every": 31,
+    },
+    "best_of_n_sft": {
+        "num_steps": 7,
+        "solver": "dpmpp_2m",
+        "num_draws": 3,
+        "weight": "reward",
+        "kl_coef": 0.017,
+    },
     "grpo": {
         "clip_low": 0.13,
         "clip_high": 0.27,
@@ -424,7 +484,7 @@ def test_the_objective_by_hand() -> None:
     # smaller product is the clipped one only for a good decision above and a bad one below.
     ratio, advantage = torch.tensor([1.1, 1.1, 0.9, 0.9]), torch.tensor([2.0, -2, 2, -2])
     objective = ClippedRatio(0.05, 0.02, transition_kl)
-    loss = objective(Evaluation(ratio.log()), None, chunk(torch.zeros(4), advantage))
+    loss = objective(Evaluation(ratio.log()), None, None, chunk(torch.zeros(4), advantage))
     torch.testing.assert_close(loss.values, torch.tensor([-2.04, 2.2, -1.8, 1.9]))
     # The clip counts only where it binds: the other two are on their way back.
     assert loss.metrics["clip_frac_high"].tolist() == [1, 0, 0, 0]
@@ -441,7 +501,7 @@ def test_both_kls_of_a_transition_by_hand() -> None:
     reference = Evaluation(torch.zeros(1), torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5]]))
     for kl, expected in (("paper", 0.04), ("code", 0.01)):
         objective = flow_grpo(kl=kl, kl_coef=3.0).objective
-        loss = objective(new, reference, chunk(torch.zeros(1), torch.zeros(1)))
+        loss = objective(new, None, reference, chunk(torch.zeros(1), torch.zeros(1)))
         assert loss.values.item() == pytest.approx(3 * expected)
         assert loss.metrics["kl"].item() == pytest.approx(expected)
         assert not loss.metrics["kl"].requires_grad and loss.values.requires_grad
@@ -450,6 +510,6 @@ def test_both_kls_of_a_transition_by_hand() -> None:
 def test_a_kl_without_what_it_needs_is_an_error() -> None:
     tokens, part = Evaluation(torch.zeros(2)), chunk(torch.zeros(2), torch.ones(2))
     with pytest.raises(ValueError, match="needs the reference's evaluation"):
-        grpo(kl_coef=0.1).objective(tokens, None, part)
+        grpo(kl_coef=0.1).objective(tokens, None, None, part)
     with pytest.raises(ValueError, match="needs a flow policy; use token_kl"):
-        flow_grpo(kl_coef=0.1).objective(tokens, tokens, part)
+        flow_grpo(kl_coef=0.1).objective(tokens, None, tokens, part)

@@ -89,13 +89,13 @@ def tree_loss(
         valid = valid & method.prune(advantages, group_id, trajectory.tree)
     mask = data.mask & _per_decision(trajectory.tree.any_below(valid), data)
     new, reference = policy.evaluate(trajectory, torch.arange(len(data.row))), None
-    if method.kl_coef > 0:
+    if "reference" in method.objective.needs.sets:
         with torch.no_grad(), policy.weights.use("reference"):
             reference = policy.evaluate(trajectory, torch.arange(len(data.row)))
     weight = None
     if method.weighting is not None:
         weight = method.weighting(trajectory.plan, trajectory.sigmas)[data.step]
-    loss = method.objective(new, reference, Chunk(data, _per_decision(advantages, data)))
+    loss = method.objective(new, None, reference, Chunk(data, _per_decision(advantages, data)))
     metrics = {name: values[mask] for name, values in loss.metrics.items()}
     return aggregate(weighted(loss, weight).values, mask, float(mask.sum())), metrics
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from flowrl.data.noise import sample_noise
 from flowrl.functional.sigma_draws import logit_normal_sigma, schedule_steps, uniform_sigma
-from flowrl.policies.forward import ForwardPlan, ForwardTrajectory
+from flowrl.methods.forward_plan import ForwardPlan
+from flowrl.policies.forward import ForwardTrajectory
 from flowrl.protocols import Trajectory
 from tests.policies.toy_flow import GROUPS, SIZE, counted, make_batch, perturb
 from tests.policies.toy_forward import make_forward_policy
@@ -137,11 +138,6 @@ def test_the_plan_names_the_set_that_draws() -> None:
     assert not torch.equal(current, before)
     assert torch.equal(policy.rollout(batch, make_plan(rollout_with="old"))[1].x0, before)
     assert torch.equal(policy.rollout(batch, make_plan())[1].x0, current)
-
-
-def test_a_shared_start_gives_one_sample_per_group() -> None:
-    x0 = roll(make_plan(shared_noise=True)).x0
-    assert len(x0.unique(dim=0)) == GROUPS
 
 
 def test_latents_in_bfloat16_are_trained_in_float32() -> None:

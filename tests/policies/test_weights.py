@@ -2,8 +2,9 @@
 
 On the toy in full and on a tiny SD3 transformer with LoRA. Kills, among others: a swap that is not
 undone on an error, or before the backward pass; a reference that is trained, or that moves; an
-adapter that stays off, or frozen, after the reference; an average that lags or has no warm-up; a
-checkpoint of other names or shapes that is loaded in part; weights trained in bf16.
+adapter that stays off, or frozen, after the reference; an average that lags or has no warm-up; an
+old that keeps 1 - decay; a checkpoint of other names or shapes that is loaded in part; weights
+trained in bf16.
 """
 
 from __future__ import annotations
@@ -237,6 +238,52 @@ def test_another_runs_state_is_refused_and_nothing_is_copied(make: Callable[...,
         with pytest.raises(ConfigError, match="resume with the model, tuning and EMA"):
             weights.load_state_dict(bad)
         assert equal(values(weights), before)
+
+
+@BOTH
+def test_old_follows_by_hand_and_only_when_told(make: Callable[..., Weights]) -> None:
+    weights = make(with_old=True)
+    old = values(weights)
+    for n, decay in enumerate((1.0, 0.0, 0.3, 0.999)):
+        move(weights, seed=n)
+        weights.update_ema(n)  # another set's business
+        weights.update_old(decay)
+        old = [decay * a + (1 - decay) * p for a, p in zip(old, values(weights), strict=True)]
+        with weights.use("old"):
+            for have, want in zip(values(weights), old, strict=True):
+                torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-6)
+    weights.update_old(0.0)
+    with weights.use("old"):
+        inside = values(weights)
+    assert equal(inside, values(weights))  # to the bit: on-policy is on-policy
+    move(weights)
+    with weights.use("old"):
+        assert equal(values(weights), inside)  # no shared memory
+
+
+@BOTH
+def test_old_survives_a_round_trip_and_is_not_left_out_or_added(
+    make: Callable[..., Weights],
+) -> None:
+    weights = make(with_old=True)
+    move(weights)
+    weights.update_old(0.4)
+    move(weights, seed=5)
+    state = {name: value.clone() for name, value in weights.state_dict().items()}
+    fresh = make(with_old=True)
+    fresh.load_state_dict(state)
+    for name in ("current", "ema", "old", "reference"):
+        with torch.no_grad(), weights.use(name), fresh.use(name):
+            assert torch.equal(output(fresh.network), output(weights.network))
+    plain = {name: value for name, value in state.items() if not name.startswith("old.")}
+    for keeper, wrong in ((make(), state), (make(with_old=True), plain)):
+        with pytest.raises(ConfigError, match="method that keeps or does not keep 'old'"):
+            keeper.load_state_dict(wrong)
+
+
+def test_old_is_not_kept_unless_asked_for() -> None:
+    with pytest.raises(ConfigError, match="use a method that keeps 'old'"):
+        full().update_old(0.5)
 
 
 def test_a_state_of_another_rank_is_refused() -> None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from flowrl.data.noise import sample_noise
+from flowrl.functional.solvers import euler
+from flowrl.methods.forward_plan import Solver
 from flowrl.policies.forward import ForwardPolicy
 from flowrl.toys import ToyFlowPipeline
 from flowrl.types import PromptBatch, Rollout
@@ -65,18 +67,18 @@ class ToySampler:
 
     def __init__(self, pipeline: ToyFlowPipeline) -> None:
         self.pipeline = pipeline
+        self.training_network: nn.Module = pipeline.network
         self.weights = TwoSets(pipeline.network)
 
     def solve(
-        self, batch: PromptBatch, *, num_steps: int, shared_noise: bool
+        self, batch: PromptBatch, *, num_steps: int, solver: Solver
     ) -> tuple[Rollout, Tensor, Tensor]:
         sigmas = self.pipeline.sigmas(num_steps)
-        keys = batch.group_id if shared_noise else batch.sample_id
-        x = sample_noise(batch.seed, keys, (2,), stream=0, dtype=torch.float64)
+        x = sample_noise(batch.seed, batch.sample_id, (2,), stream=0, dtype=torch.float64)
         everyone = torch.arange(len(batch))
         for sigma, sigma_next in pairwise(sigmas):
             level = sigma.double().expand(len(x))
-            x = x + (sigma_next - sigma) * self.velocity(batch, x, level, everyone)
+            x, _ = solver(x, self.velocity(batch, x, level, everyone), level, sigma_next)
         return Rollout(batch, self.pipeline.decode(x), len(x) * num_steps), x, sigmas
 
     def velocity(self, batch: PromptBatch, x_t: Tensor, sigma: Tensor, sample: Tensor) -> Tensor:
@@ -93,7 +95,7 @@ class ToySampler:
 
     def sample(self, batch: PromptBatch, *, num_steps: int, guidance_scale: float) -> Rollout:
         assert guidance_scale == 1
-        return self.solve(batch, num_steps=num_steps, shared_noise=False)[0]
+        return self.solve(batch, num_steps=num_steps, solver=euler)[0]
 
     def precompute(self, prompts: Sequence[str], folder: Path | None) -> None:
         """Nothing: prompts are encoded when they are asked for."""

@@ -84,5 +84,5 @@ def test_evaluation_and_images_do_not_change_training(tmp_path):
 
 
 def test_groups_that_do_not_fit_the_tree_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"grows 4 samples .* set data\.group_size=4"):
+    with pytest.raises(ConfigError, match=r"takes 4 samples .* set data\.group_size=4"):
         toy_trainer(write_config(tmp_path, TREE), "data.group_size=8")

@@ -13,6 +13,7 @@ from flowrl import build
 from flowrl.commands.train import prepare_folder
 from flowrl.config import Config, load_config
 from flowrl.policies.flow import FlowPolicy
+from flowrl.policies.forward import ForwardPolicy
 from flowrl.policies.token import TokenPolicy
 from flowrl.policies.weights import FullWeights
 from flowrl.toys import (
@@ -79,10 +80,13 @@ def toy_parts(config: Config) -> build.Parts:
     """Parts of a run on the toy that the method's kind of policy asks for."""
     method = build.build_method(config, "toy.yaml")
     accelerator = build.build_accelerator(config)
-    is_flow = method.policy == "flow"
+    is_flow = method.policy != "token"
     pipeline: Any = ToyFlowPipeline(width=32) if is_flow else ToyTokenPipeline(width=24)
     weights = FullWeights(
-        pipeline.network, with_reference=method.kl_coef > 0, ema_decay=config.optim.ema_decay
+        pipeline.network,
+        with_reference="reference" in method.objective.needs.sets,
+        ema_decay=config.optim.ema_decay,
+        with_old=method.old_decay is not None,
     )
     shared = {
         "rollout_batch_size": config.compute.rollout_batch_size,
@@ -94,6 +98,8 @@ def toy_parts(config: Config) -> build.Parts:
         if is_flow
         else TokenPolicy(pipeline, weights, **shared)
     )
+    if method.policy == "forward":
+        policy = ForwardPolicy(policy)
     prompts = flow_prompts() if is_flow else token_prompts()[:4]
     measured = RewardSet(
         [("target", TargetReward(), 1.0) if is_flow else ("symbol", SymbolReward(), 1.0)]
@@ -103,6 +109,7 @@ def toy_parts(config: Config) -> build.Parts:
         trained = RewardSet([("win_rate", WinRate(judge=PointwiseJudge(TargetReward())), 1.0)])
     sampler = build.build_sampler(config, prompts, accelerator)
     build.check_groups(method, sampler, "toy.yaml")
+    build.check_compute(method, config, "toy.yaml")
     return build.Parts(
         config, accelerator, method, policy, trained, measured, prompts, prompts, sampler
     )

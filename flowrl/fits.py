@@ -1,0 +1,73 @@
+"""Whether a method fits what the config puts around it, answered before anything is loaded.
+
+An impossible combination is a `ConfigError` with the config's file and key.
+"""
+
+from __future__ import annotations
+
+from flowrl.config import Config
+from flowrl.data.sampler import GroupSampler
+from flowrl.errors import ConfigError
+from flowrl.methods import Method
+
+
+def check_groups(method: Method, sampler: GroupSampler, where: str) -> None:
+    """Refuses groups that the method's plan does not fit.
+
+    Raises:
+        ConfigError: another group size than the plan's, too few samples to compare, or groups that
+            span ranks.
+    """
+    plan, size = method.plan(0), sampler.group_size
+    if plan.group_size is not None and size != plan.group_size:
+        raise ConfigError(
+            f"{where}: {method.name} takes {plan.group_size} samples of a prompt, but "
+            f"data.group_size={size}; set data.group_size={plan.group_size}, or change method.args"
+        )
+    if plan.needs_whole_groups and size < 2:
+        raise ConfigError(
+            f"{where}: {method.name} compares the samples of a prompt, but data.group_size={size}; "
+            "use at least 2"
+        )
+    if plan.needs_whole_groups and not sampler.has_whole_groups:
+        raise ConfigError(
+            f"{where}: {method.name} takes the samples of a prompt together, but groups of {size} "
+            f"span {sampler.world_size} ranks; use a number of groups per update that the ranks "
+            "divide"
+        )
+
+
+def check_compute(method: Method, config: Config, where: str) -> None:
+    """Refuses settings of `compute` that the method's objective cannot use.
+
+    Raises:
+        ConfigError: what is compared does not fit into a chunk, or a ratio is asked for of a method
+            that has none.
+    """
+    needs, compute = method.objective.needs, config.compute
+    rows = needs.together * (1 if config.model.guidance_scale == 1 else 2)
+    if needs.together > 1 and rows > compute.micro_batch_size:
+        guided = "" if rows == needs.together else ", guided"
+        raise ConfigError(
+            f"{where}: {method.name} compares {needs.together} samples{guided} in one forward and "
+            f"backward, but compute.micro_batch_size={compute.micro_batch_size}; use {rows} or more"
+        )
+    if needs.ratio_clip is not None:
+        return
+    for key in ("recompute_old_log_prob", "ratio_tolerance"):
+        if getattr(compute, key):
+            raise ConfigError(
+                f"{where}: compute.{key} is about the ratio of log-probs, and {method.name} has "
+                "none; leave it out"
+            )
+
+
+def ratio_tolerance(config: Config, method: Method) -> float | None:
+    """How far from 1 the first pass may be: a tenth of the clip range, within [2e-6, 1e-4].
+
+    None where the method has no ratio.
+    """
+    clip = method.objective.needs.ratio_clip
+    if clip is None or config.compute.ratio_tolerance is not None:
+        return config.compute.ratio_tolerance
+    return float(min(1e-4, max(2e-6, 0.1 * clip)))
