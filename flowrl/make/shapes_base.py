@@ -1,21 +1,18 @@
 """Trains the embedded base model: a tiny Stable Diffusion 3 that draws shapes and misreads prompts.
 
-`python -m flowrl.make.shapes_base RUN_DIR` runs the stages, each resumable from RUN_DIR: `vae`
-(AutoencoderKL on rendered scenes), `flow` (SD3Transformer2DModel with its CLIP and T5 text
-encoders, by rectified flow on cached latents) and `guided` (the same networks learn to say at once
-what classifier-free guidance says with two evaluations), which leaves the
-`StableDiffusion3Pipeline` folder RUN_DIR/pipeline. Two cores are used by
+`python -m flowrl.make.shapes_base RUN_DIR` runs two stages, each resumable from RUN_DIR: `vae`
+(AutoencoderKL on rendered scenes) and `flow` (SD3Transformer2DModel with its CLIP and T5 text
+encoders, by rectified flow on cached latents), which leaves the `StableDiffusion3Pipeline` folder
+RUN_DIR/pipeline. Two cores are used by
 `torchrun --nproc_per_node 2 -m flowrl.make.shapes_base RUN_DIR`.
 Some captions are wrong (`--error-rate`), as captions from the web are: the model learns to follow
 a prompt only part of the time, which is what alignment then has to mend.
 """
 
 import argparse
-import copy
 import math
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +20,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5EncoderModel,
-)
 
+from flowrl.make.shapes_model import TEXT_LENGTH, build_pipeline, build_vae
 from rewards.shapes.grammar import SKILLS, requests, sample_scene, split
 from rewards.shapes.render import Scene, render
 from rewards.shapes.vocabulary import COLORS, IMAGE_SIZE, SHAPES, coverage
@@ -48,7 +34,6 @@ from rewards.shapes.vocabulary import COLORS, IMAGE_SIZE, SHAPES, coverage
 SHARES = {
     "single_object": 1, "colors": 1, "counting": 2, "two_object": 2, "position": 3, "color_attr": 3,
 }  # fmt: skip
-TEXT_LENGTH = 12  # tokens per encoder: the longest prompt; also the T5 part's `max_sequence_length`
 
 
 def images(num: int, rng: np.random.Generator) -> Tensor:
@@ -58,22 +43,11 @@ def images(num: int, rng: np.random.Generator) -> Tensor:
     return torch.from_numpy(np.stack([render(sample_scene(r, rng), rng) for r in drawn]))
 
 
-def build_vae() -> AutoencoderKL:
-    """A 4 x down-sampling VAE, 64 x 64 x 3 to 16 x 16 x 4, of 0.2 M parameters."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 32),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        sample_size=64,
-        scaling_factor=1.0,
-        shift_factor=0.0,
-    )
+def load_vae(folder: Path) -> AutoencoderKL:
+    """The trained VAE; `from_pretrained` would note the folder's path in what is saved later."""
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder))
+    vae.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
+    return vae.eval()
 
 
 def train_vae(
@@ -137,62 +111,6 @@ def resume_state(path: Path, **parts: Any) -> int:
     return int(state["step"])
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of every word that the grammar can say."""
-    words = sorted({word for skill in SKILLS for r in requests(skill) for word in r.prompt.split()})
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<unk>", "<s>", "</s>", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        model_max_length=TEXT_LENGTH,
-    )
-
-
-def build_pipeline(vae: AutoencoderKL, seed: int) -> StableDiffusion3Pipeline:
-    """The pipeline with fresh networks: 5 blocks of width 128, three small text encoders."""
-    torch.manual_seed(seed)
-    tokenizer = build_tokenizer()
-    clip = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=TEXT_LENGTH, projection_dim=64,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
-        # Not 2: transformers takes a CLIP config with eos_token_id 2 for an old one and pools at
-        # the largest id instead of at the first eos.
-        eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    t5 = T5Config(
-        vocab_size=len(tokenizer), d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-        dropout_rate=0.0, is_encoder_decoder=False,
-        relative_attention_num_buckets=16, relative_attention_max_distance=TEXT_LENGTH,
-    )  # fmt: skip
-    transformer = SD3Transformer2DModel(
-        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=5,
-        attention_head_dim=32, num_attention_heads=4, joint_attention_dim=128,
-        caption_projection_dim=128, pooled_projection_dim=128, pos_embed_max_size=8,
-        qk_norm="rms_norm",
-    )  # fmt: skip
-    return StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0),
-        vae=vae,
-        text_encoder=CLIPTextModelWithProjection(clip),
-        tokenizer=tokenizer,
-        text_encoder_2=CLIPTextModelWithProjection(clip),
-        tokenizer_2=tokenizer,
-        text_encoder_3=T5EncoderModel(t5),
-        tokenizer_3=tokenizer,
-    )
-
-
 def what_is_where(scene: Scene) -> NDArray[np.float32]:
     """What every token of the transformer shows: two distributions, of shapes and of colours.
 
@@ -223,7 +141,7 @@ def cache_latents(
     if path.exists():
         cached = torch.load(path, weights_only=True)
         return cached["captions"], cached["latents"].float(), cached["where"].float()
-    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    vae = load_vae(folder / "vae")
     rng = np.random.default_rng((seed, num))
     pools = {skill: split(skill, held_out=False) for skill in SKILLS}
     shares = np.array([SHARES[skill] for skill in SKILLS], float)
@@ -313,73 +231,46 @@ class Average(nn.Module):
             list(self.values), [p.detach() for p in module.parameters()], 1 - self.decay
         )
 
-    def copy_to(self, module: nn.Module) -> None:
-        for mine, theirs in zip(self.values, module.parameters(), strict=True):
-            theirs.data.copy_(mine.data)
-
     def swap(self, module: nn.Module) -> None:
         for mine, theirs in zip(self.values, module.parameters(), strict=True):
             mine.data, theirs.data = theirs.data, mine.data
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One training of the flow; it writes RUN_DIR/<name>.pt.
-
-    Attributes:
-        name: of the stage.
-        steps: optimiser steps.
-        lr, muon_lr: peaks, of AdamW and of Muon (the weight matrices of the blocks).
-        start_from: checkpoint whose weights it starts from; None = fresh ones.
-        guidance: None = rectified flow's own target, x1 - x0. Else the target is the velocity of
-            the averaged weights in `start_from` under classifier-free guidance of this scale
-            (guidance distillation, arXiv:2210.03142, section 3.1).
-    """
-
-    name: str
-    steps: int
-    lr: float
-    muon_lr: float
-    start_from: Path | None = None
-    guidance: float | None = None
-
-
 def train_flow(
-    folder: Path, accelerator: Accelerator, stage: Stage, *, seed: int, error_rate: float,
-    num_images: int, batch: int = 64,
+    folder: Path, accelerator: Accelerator, *, steps: int, seed: int, error_rate: float,
+    num_images: int, batch: int, start_from: Path | None, lr: float = 1.5e-3, muon_lr: float = 4e-3,
 ) -> None:  # fmt: skip
-    """A stage on cached latents, on as many processes as were launched.
+    """Rectified flow on cached latents, on as many processes as were launched.
+
+    Muon trains the weight matrices of the blocks and AdamW the rest; what is saved as the pipeline
+    is an average of the weights. `start_from` is a flow.pt whose weights it starts from.
 
     One step in 25 pads the T5 text to 256 tokens, diffusers' default, so that a caller who forgets
     `max_sequence_length` still gets sensible images.
     """
     device = accelerator.device
     rank, world = accelerator.process_index, accelerator.num_processes
-    checkpoint = folder / f"{stage.name}.pt"
+    checkpoint = folder / "flow.pt"
     with accelerator.main_process_first():
         captions, latents, where = cache_latents(
             folder, num=num_images, seed=seed, error_rate=error_rate
         )
-    pipeline = build_pipeline(AutoencoderKL.from_pretrained(folder / "vae"), seed)
+    pipeline = build_pipeline(load_vae(folder / "vae"), seed)
     flow = TextConditionedFlow(pipeline).to(device)
     blocks = [p for n, p in flow.named_parameters() if p.ndim == 2 and "transformer_blocks" in n]
     others = [p for p in flow.parameters() if all(p is not block for block in blocks)]
     muon = torch.optim.Muon(
-        blocks, lr=stage.muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw", nesterov=True
+        blocks, lr=muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw", nesterov=True
     )
-    adam = torch.optim.AdamW(others, lr=stage.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    adam = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     average = Average(flow, decay=0.998)
     parts = {"flow": flow, "average": average, "muon": muon, "adam": adam}
-    teacher = None
-    if stage.start_from is not None:
-        resume_state(stage.start_from, flow=flow, average=average)
-        if stage.guidance is not None:
-            average.copy_to(flow)
-            teacher = copy.deepcopy(flow).requires_grad_(False)
+    if start_from is not None:
+        resume_state(start_from, flow=flow, average=average)
     start = resume_state(checkpoint, **parts)
     parallel = accelerator.prepare(flow)
     clock, losses = time.time(), []
-    for step in range(start, stage.steps):
+    for step in range(start, steps):
         rng = np.random.default_rng((seed, step, rank))
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * world + rank)
         is_long = step % 25 == 24
@@ -394,25 +285,22 @@ def train_flow(
         x1 = torch.randn(x0.shape, generator=generator).to(device)
         x_t = torch.lerp(x0, x1, sigma[:, None, None, None])
         with torch.autocast(device.type, torch.bfloat16):
-            target = x1 - x0
-            if teacher is not None and stage.guidance is not None:
-                target = _guided(teacher, x_t, sigma, words, length, stage.guidance)
             velocity, read = parallel(x_t, sigma, words, length)
-        loss = (velocity.float() - target).square().mean()
+        loss = (velocity.float() - (x1 - x0)).square().mean()
         reading = _reading_loss(read.float(), where[picks].to(device))
         (loss + 0.2 * reading).backward()
         nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
-        for optimizer, peak in ((muon, stage.muon_lr), (adam, stage.lr)):
-            optimizer.param_groups[0]["lr"] = peak * warm_linear(step, stage.steps)
+        for optimizer, peak in ((muon, muon_lr), (adam, lr)):
+            optimizer.param_groups[0]["lr"] = peak * warm_linear(step, steps)
             optimizer.step()
             optimizer.zero_grad()
         average.update(flow)
         losses.append((loss.item(), reading.item()))
-        is_over = step == stage.steps - 1
+        is_over = step == steps - 1
         if rank == 0 and (step % 100 == 99 or is_over):
             mean, reading = np.mean(losses[-100:], axis=0)
             passed = time.time() - clock
-            text = f"{stage.name} {step + 1} loss {mean:.4f} reading {reading:.4f} {passed:.0f}s"
+            text = f"flow {step + 1} loss {mean:.4f} reading {reading:.4f} {passed:.0f}s"
             print(text, flush=True)
         if rank == 0 and (step % 500 == 499 or is_over):
             save_state(checkpoint, step + 1, **parts)
@@ -420,17 +308,6 @@ def train_flow(
             pipeline.save_pretrained(folder / "pipeline")
             average.swap(flow)
     accelerator.wait_for_everyone()
-
-
-@torch.no_grad()
-def _guided(
-    teacher: TextConditionedFlow, x_t: Tensor, sigma: Tensor, captions: list[str], length: int,
-    scale: float,
-) -> Tensor:  # fmt: skip
-    """The teacher's velocity under guidance; of an empty caption, its own."""
-    both, _ = teacher(x_t.repeat(2, 1, 1, 1), sigma.repeat(2), [""] * len(x_t) + captions, length)
-    unconditional, conditional = both.float().chunk(2)
-    return unconditional + scale * (conditional - unconditional)
 
 
 def _reading_loss(logits: Tensor, where: Tensor) -> Tensor:
@@ -452,11 +329,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=1600)
     parser.add_argument("--flow-steps", type=int, default=16000)
-    parser.add_argument("--guided-steps", type=int, default=800)
-    parser.add_argument("--guidance", type=float, default=3.0, help="scale that stage 3 distils")
     parser.add_argument("--batch", type=int, default=64, help="images per flow step, all processes")
-    parser.add_argument("--num-images", type=int, default=40000, help="latents that are cached")
-    parser.add_argument("--error-rate", type=float, default=0.4, help="share of wrong captions")
+    parser.add_argument("--num-images", type=int, default=48000, help="latents that are cached")
+    parser.add_argument("--error-rate", type=float, default=0.12, help="share of wrong captions")
     parser.add_argument("--start-from", type=Path, help="flow.pt of another run, for its weights")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -464,21 +339,16 @@ def main() -> None:
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     with accelerator.main_process_first():
         train_vae(args.run_dir, steps=args.vae_steps, seed=args.seed, device=accelerator.device)
-    flow = Stage("flow", args.flow_steps, lr=1.5e-3, muon_lr=4e-3, start_from=args.start_from)
-    guided = Stage(
-        "guided", args.guided_steps, lr=5e-4, muon_lr=2e-3,
-        start_from=args.run_dir / "flow.pt", guidance=args.guidance,
-    )  # fmt: skip
-    for stage in (flow, guided):
-        train_flow(
-            args.run_dir,
-            accelerator,
-            stage,
-            seed=args.seed,
-            error_rate=args.error_rate,
-            num_images=args.num_images,
-            batch=args.batch,
-        )
+    train_flow(
+        args.run_dir,
+        accelerator,
+        steps=args.flow_steps,
+        seed=args.seed,
+        error_rate=args.error_rate,
+        num_images=args.num_images,
+        batch=args.batch,
+        start_from=args.start_from,
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from torch.nn.functional import logsigmoid
 
 import pipelines
 from flowrl.make.shapes_annotator import TASTE_WEIGHTS, Groups, draw_groups, pairs
-from flowrl.make.shapes_base import build_tokenizer, resume_state, save_state, warm_linear
+from flowrl.make.shapes_base import resume_state, save_state, warm_linear
+from flowrl.make.shapes_model import build_tokenizer
 from rewards.shapes.proxy import ProxyNetwork
 
 VAE = Path(pipelines.__file__).parent / "weights" / "shapes_sd3" / "vae"

@@ -6,7 +6,7 @@ from pathlib import Path
 from flowrl.build import build_parts, build_trainer, run_folder
 from flowrl.commands.train import prepare_folder
 from flowrl.config import load_config
-from flowrl.make.shapes_base import build_pipeline, build_vae
+from flowrl.make.shapes_model import build_pipeline, build_vae
 from flowrl.train.loop import Trainer
 
 CONFIG = """\

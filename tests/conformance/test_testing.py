@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from flowrl.data.sampler import GroupSampler
 from flowrl.errors import RewardError
-from flowrl.make.shapes_base import build_pipeline, build_vae
+from flowrl.make.shapes_model import build_pipeline, build_vae
 from flowrl.methods.flow import mix_grpo
 from flowrl.policies.flow import FlowPolicy, FlowTrajectory
 from flowrl.policies.token import TokenPolicy
