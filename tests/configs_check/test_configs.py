@@ -122,7 +122,7 @@ def test_the_shapes_configs_pass_the_check(name: str, capsys: pytest.CaptureFixt
     check.run(Path(f"configs/{name}.yaml"), [])
     printed = capsys.readouterr().out
     assert "everything fits together" in printed
-    assert "12 groups x 12 = 144" in printed
+    assert "24 groups x 6 = 144" in printed
 
 
 @pytest.mark.parametrize(
