@@ -29,6 +29,7 @@ from flowrl.methods import METHODS, Method
 from flowrl.policies.flow import FlowPolicy
 from flowrl.policies.forward import ForwardPolicy
 from flowrl.policies.weights import FullWeights, LoraWeights
+from flowrl.precision import resolve_precision
 from flowrl.train.evaluate import Evaluator
 from flowrl.train.loop import Trainer
 from flowrl.train.scoring import RewardSet
@@ -349,7 +350,7 @@ def build_accelerator(config: Config) -> Accelerator:
     """
     return Accelerator(
         cpu=not torch.accelerator.is_available(),
-        mixed_precision=config.compute.mixed_precision,
+        mixed_precision=resolve_precision(config.compute.mixed_precision),
         log_with=list(config.track.trackers) or None,
         project_dir=str(run_folder(config)),
         step_scheduler_with_optimizer=False,

@@ -196,8 +196,9 @@ class ComputeConfig(Record):
     micro_batch_size: int = Field(ge=1, description="network rows per forward and backward")
     rollout_batch_size: int = Field(ge=1, description="network rows per forward without gradient")
     decode_batch_size: int = Field(ge=1, description="images per call of the decoder")
-    mixed_precision: Literal["no", "fp16", "bf16"] = Field(
-        default="no", description="autocast of the trained network"
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field(
+        default="no",
+        description="autocast of the trained network; auto = bf16 where it is native, else no",
     )
     recompute_old_log_prob: bool = Field(
         default=False, description="score a rollout again in training's batches before learning"

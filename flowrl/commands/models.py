@@ -19,6 +19,7 @@ from flowrl.config import Config, load_config
 from flowrl.errors import ConfigError
 from flowrl.policies.flow import FlowPolicy
 from flowrl.policies.weights import FrozenWeights
+from flowrl.precision import resolve_precision
 
 _LORA = "pytorch_lora_weights.safetensors"
 
@@ -156,7 +157,7 @@ def _of_run(run: Path) -> Model:
         width=section.width,
         max_sequence_length=section.max_sequence_length,
         dtype=section.dtype,
-        mixed_precision=config.compute.mixed_precision,
+        mixed_precision=resolve_precision(config.compute.mixed_precision),
         args=section.args,
         num_steps=config.eval.num_steps,
         guidance_scale=section.guidance_scale if guidance is None else guidance,

@@ -66,5 +66,8 @@ def prepare_folder(parts: Parts, folder: Path) -> None:
         "rows": [list(row) for row in parts.method.describe()],
     }
     write_json(folder / "method.json", method)
-    environment = dict(describe_environment()) | {"device": str(parts.accelerator.device)}
+    environment = dict(describe_environment()) | {
+        "device": str(parts.accelerator.device),
+        "mixed precision": parts.accelerator.mixed_precision,
+    }
     write_json(folder / "env.json", environment)
