@@ -28,6 +28,7 @@ from flowrl.fits import check_compute, check_groups, ratio_tolerance
 from flowrl.methods import METHODS, Method
 from flowrl.policies.flow import FlowPolicy
 from flowrl.policies.forward import ForwardPolicy
+from flowrl.policies.neighbors import NeighborPolicy
 from flowrl.policies.weights import FullWeights, LoraWeights
 from flowrl.precision import resolve_precision
 from flowrl.train.evaluate import Evaluator
@@ -47,7 +48,7 @@ class Parts:
     config: Config
     accelerator: Accelerator
     method: Method
-    policy: FlowPolicy | ForwardPolicy
+    policy: FlowPolicy | ForwardPolicy | NeighborPolicy
     rewards: RewardSet
     eval_rewards: RewardSet
     train_prompts: tuple[Prompt, ...]
@@ -183,7 +184,7 @@ def build_method(config: Config, where: str) -> Method:
 
 def build_policy(
     config: Config, where: str, method: Method, device: torch.device
-) -> FlowPolicy | ForwardPolicy:
+) -> FlowPolicy | ForwardPolicy | NeighborPolicy:
     """The model with its trainable weights."""
     if method.policy == "token":
         raise ConfigError(
@@ -220,6 +221,8 @@ def build_policy(
         decode_batch_size=config.compute.decode_batch_size,
         device=device,
     )
+    if method.policy == "neighbor":
+        return NeighborPolicy(policy)
     return ForwardPolicy(policy) if method.policy == "forward" else policy
 
 

@@ -11,7 +11,7 @@ from flowrl.config import load_config
 
 if TYPE_CHECKING:
     from flowrl.build import Parts
-    from flowrl.methods.forward_plan import ForwardPlan
+    from flowrl.methods.forward_plan import ForwardPlan, NeighborPlan
     from flowrl.methods.spec import StepPlan
 
 _FROZEN = ("old", "reference")
@@ -83,7 +83,7 @@ def estimate(parts: Parts) -> list[tuple[str, str]]:
 
 
 def network_evals(
-    plan: StepPlan | ForwardPlan, num_groups: int, group_size: int
+    plan: StepPlan | ForwardPlan | NeighborPlan, num_groups: int, group_size: int
 ) -> tuple[int, int]:
     """(rows of the rollout, rows with gradient of training), without guidance.
 
@@ -91,12 +91,15 @@ def network_evals(
     """
     import torch
 
-    from flowrl.methods.forward_plan import ForwardPlan
+    from flowrl.methods.forward_plan import ForwardPlan, NeighborPlan
     from flowrl.types import Prompt, PromptBatch, Tree
 
     if isinstance(plan, ForwardPlan):
         samples = num_groups * group_size
         return plan.num_steps * samples, plan.num_draws * samples
+    if isinstance(plan, NeighborPlan):
+        rows = num_groups * plan.num_anchors * len(plan.trained)
+        return plan.num_steps * num_groups * group_size, rows
     number = torch.arange(group_size)
     zeros = torch.zeros_like(number)
     batch = PromptBatch((Prompt(""),) * group_size, zeros, number, number, zeros, seed=0)
@@ -109,7 +112,7 @@ def network_evals(
     return forwards * num_groups, trained * num_groups
 
 
-def _stored_mb(parts: Parts, plan: StepPlan | ForwardPlan, samples: int) -> float:
+def _stored_mb(parts: Parts, plan: StepPlan | ForwardPlan | NeighborPlan, samples: int) -> float:
     from flowrl.methods.forward_plan import ForwardPlan
 
     levels = 1

@@ -24,12 +24,11 @@ from flowrl.methods.spec import (
     KernelName,
     Method,
     StepPlan,
-    Tail,
-    TailCount,
     own_noise,
     require_positive,
     shared_start,
 )
+from flowrl.methods.tails import Tail, TailCount
 from flowrl.methods.windows import SlidingWindow, Strategy
 
 
@@ -201,7 +200,7 @@ def mix_grpo_flash(
     Paper: MixGRPO, arXiv:2507.21802, section 4.4. The remaining T - w - l steps become
     ceil((T - w - l) * tail_ratio) of DPM-Solver++ 2M, tail_ratio 0.4; `frozen` is Flash*, whose
     window stays at 0, with 0.2. Differs: tail_count="code" counts as its code does, but always
-    ends at sigma = 0 (see `spec.Tail`); otherwise as `mix_grpo`.
+    ends at sigma = 0 (see `tails.Tail`); otherwise as `mix_grpo`.
     """
     base = mix_grpo(
         num_steps=num_steps,

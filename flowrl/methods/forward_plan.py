@@ -1,4 +1,4 @@
-"""How a forward-process method draws its samples, and where on the path it trains them."""
+"""How methods without a stochastic step draw their samples, and where they train them."""
 
 from __future__ import annotations
 
@@ -84,3 +84,43 @@ class ForwardPlan:
     def needs_whole_groups(self) -> bool:
         """True = a group must lie on one rank, because its samples are judged together."""
         return self.shares_draws or self.group_size is not None
+
+
+@dataclass(frozen=True)
+class NeighborPlan:
+    """How a group of neighbours is drawn, and which of its steps are trained.
+
+    Attributes:
+        num_steps: steps of the deterministic sampler.
+        solver: of the sampler; the trained prediction is Euler's in any case.
+        group_size: samples of a group, all on one rank: the candidates.
+        num_anchors: of them, drawn anew for every group, are trained.
+        trained: steps that are; ascending.
+        spread: s of the starting noise sqrt(1 - s^2) * shared + s * own.
+        temperature: divides the squared distance, a mean over dims.
+    """
+
+    num_steps: int
+    solver: Solver
+    group_size: int
+    num_anchors: int
+    trained: tuple[int, ...]
+    spread: float
+    temperature: float
+
+    def __post_init__(self) -> None:
+        if self.group_size < 2 or not 1 <= self.num_anchors <= self.group_size:
+            raise ValueError(
+                f"num_anchors={self.num_anchors} of group_size={self.group_size} do not compare "
+                "neighbours; use a group of 2 at least, and 1 anchor to all of them"
+            )
+        if not 0 < self.spread <= 1 or not self.temperature > 0:
+            raise ValueError(
+                f"spread={self.spread} must be in (0, 1], where 1 = independent noises, and "
+                f"temperature={self.temperature} positive"
+            )
+
+    @property
+    def needs_whole_groups(self) -> bool:
+        """True: the members of a group are each other's candidates."""
+        return True

@@ -8,7 +8,6 @@ can print every number that is in force.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, Protocol
@@ -19,13 +18,13 @@ from torch import Tensor
 from flowrl.errors import ShapeError
 from flowrl.functional import sde
 from flowrl.functional.aggregate import aggregate
+from flowrl.methods.tails import Ending
 from flowrl.types import Chunk, PromptBatch, Scores, Tree
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Keys = Callable[[PromptBatch, "StepPlan"], Tensor]
 Advantage = Callable[[Scores, Tensor, Tree | None], Tensor]
 Prune = Callable[[Tensor, Tensor, Any], Tensor]
-TailCount = Literal["paper", "code"]
 
 
 def own_noise(batch: PromptBatch, plan: StepPlan) -> Tensor:
@@ -41,34 +40,6 @@ def shared_start(batch: PromptBatch, plan: StepPlan) -> Tensor:
     keys = own_noise(batch, plan)
     keys[:, 0] = batch.group_id
     return keys
-
-
-@dataclass(frozen=True)
-class Tail:
-    """Fewer steps, of second order, after the last stochastic one.
-
-    Paper: MixGRPO-Flash, arXiv:2507.21802, section 4.4: the rest of the schedule is resampled to
-    fewer points, `functional.solvers.resampled`, and walked with `functional.solvers.dpmpp_2m`.
-
-    Attributes:
-        ratio: r in (0, 1], share of the remaining steps that is kept.
-        count: "paper" = ceil(remaining * r) steps; "code" = as many as its published code, which
-            takes int((remaining + 1) * r) points, so one step fewer, but at least the step to
-            sigma = 0 (with one point, the code stops short of it and decodes noise).
-    """
-
-    ratio: float
-    count: TailCount = "paper"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.ratio <= 1:
-            raise ValueError(f"ratio of the tail must be in (0, 1], got {self.ratio}; 1 keeps all")
-
-    def num_steps(self, remaining: int) -> int:
-        """Steps in place of `remaining` steps."""
-        if self.count == "code":
-            return max(int((remaining + 1) * self.ratio) - 1, 1)
-        return math.ceil(round(remaining * self.ratio, 9))  # 0.1 * 30 is a little above 3
 
 
 @dataclass(frozen=True)
@@ -103,7 +74,7 @@ class StepPlan:
         keys: (batch, plan) -> int64 [N, T+1]; column 0 names the starting noise, column 1 + i the
             noise of step i; -1 = the step is deterministic for this sample.
         mix: part of the noise that samples share; None = keys say it all.
-        tail: a shorter way from the last stochastic step to the end; None = the schedule's.
+        tail: other ways from the last stochastic step to the end (`tails`); None = the schedule's.
         group_size: samples that a group must have, all on one rank; None = any, anywhere.
         store_mean: decisions remember the mean of their transition under the behaviour policy.
     """
@@ -115,7 +86,7 @@ class StepPlan:
     trained_fraction: float = 1.0
     keys: Keys = own_noise
     mix: NoiseMix | None = None
-    tail: Tail | None = None
+    tail: Ending | None = None
     group_size: int | None = None
     store_mean: bool = False
 
@@ -131,9 +102,12 @@ class StepPlan:
                 f"trained_fraction={self.trained_fraction} of {len(self.trained)} steps keeps "
                 f"{self.num_kept}; use {1 / len(self.trained):.3g} to 1"
             )
-        if self.tail is not None and self.num_table_steps == self.num_steps:
+        if self.tail is not None and self.num_table_steps + self.tail.least > self.num_steps:
+            last, need = max(self.stochastic, default=-1), self.tail.lead + self.tail.least
             raise ValueError(
-                f"the last step, {self.num_steps - 1}, is stochastic, so nothing is left for a tail"
+                f"after step {last}, the last stochastic one, {self.num_steps - 1 - last} of "
+                f"{self.num_steps} steps are left for a tail that needs {need}; use more steps or "
+                "an earlier one"
             )
 
     @property
@@ -151,11 +125,11 @@ class StepPlan:
         """Steps before the tail; T without one."""
         if self.tail is None:
             return self.num_steps
-        return max(self.stochastic, default=-1) + 1
+        return max(self.stochastic, default=-1) + 1 + self.tail.lead
 
     @property
     def num_tail_steps(self) -> int:
-        """Steps of the tail; 0 without one."""
+        """Steps of the tail, all its paths together; 0 without one."""
         if self.tail is None:
             return 0
         return self.tail.num_steps(self.num_steps - self.num_table_steps)
@@ -242,8 +216,9 @@ class Method:
         name: name in the config.
         paper: title and arXiv id.
         policy: kind of policy that it trains: "flow" scores the steps of a sampler, "forward" the
-            clean samples of a flow model, noised afresh, "token" the tokens of a sequence.
-        plan: training step -> StepPlan, ForwardPlan or TokenPlan.
+            clean samples of a flow model, noised afresh, "neighbor" the distances of its samples in
+            a group, "token" the tokens of a sequence.
+        plan: training step -> StepPlan, ForwardPlan, NeighborPlan or TokenPlan.
         advantage: (scores, group_id, tree) of all ranks -> [N], or [N, T] of the step that each
             sample took (equal for samples of one edge); detached, 0 where invalid. The tree is None
             but for "flow".
@@ -260,7 +235,7 @@ class Method:
 
     name: str
     paper: str
-    policy: Literal["flow", "forward", "token"]
+    policy: Literal["flow", "forward", "neighbor", "token"]
     plan: Callable[[int], Any]
     advantage: Advantage
     objective: Objective

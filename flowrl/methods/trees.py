@@ -208,7 +208,7 @@ def parent_keys(
 def own_step(batch: PromptBatch, plan: StepPlan, *, num_branches: int) -> Tensor:
     """Keys [N, T+1]: samples of a seed share its start, and each draws noise in one step only."""
     per_seed = num_branches * len(plan.stochastic)
-    _require_members(batch, plan.group_size)
+    require_members(batch, plan.group_size)
     keys = torch.full((len(batch), plan.num_steps + 1), -1)
     keys[:, 0] = batch.sample_id - batch.member % per_seed
     step = torch.tensor(plan.stochastic)[batch.member % per_seed // num_branches]
@@ -268,7 +268,7 @@ def _branch_table(
 ) -> tuple[Tensor, Tensor]:
     """(own keys, shared keys), [N, T+1] each."""
     stride: int = factor ** len(splits)
-    _require_members(batch, stride)
+    require_members(batch, stride)
     own = torch.full((len(batch), plan.num_steps + 1), -1)
     shared = own.clone()
     own[:, 0] = batch.group_id
@@ -280,7 +280,8 @@ def _branch_table(
     return own, shared
 
 
-def _require_members(batch: PromptBatch, size: int | None) -> None:
+def require_members(batch: PromptBatch, size: int | None) -> None:
+    """Refuses (ConfigError) a group with more samples than its tree has leaves; None = any."""
     if size is not None and len(batch) and int(batch.member.max()) >= size:
         raise ConfigError(
             f"the tree of a prompt has {size} leaves, but a group has sample "

@@ -10,7 +10,7 @@ Reading order: trajectory.py, `FlowPolicy.rollout`, `FlowPolicy.evaluate`; both 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from flowrl.data.noise import sample_noise, sample_uniform
 from flowrl.functional import sde
 from flowrl.functional.flow import predict_x0
 from flowrl.functional.shapes import at_least_float32
-from flowrl.functional.solvers import dpmpp_2m, euler, resampled
+from flowrl.functional.solvers import euler
 from flowrl.functional.trees import first_of, sibling_noise
 from flowrl.methods.forward_plan import Solver
 from flowrl.methods.spec import StepPlan
@@ -31,6 +31,8 @@ from flowrl.protocols import FlowPipeline, Weights
 from flowrl.types import Evaluation, PromptBatch, Rollout, Tree
 
 Conditioning = tuple[dict[str, Tensor], dict[str, Tensor] | None]
+Watch = Callable[[Tensor, Tensor], None]
+"""Is shown the states before a step, in the storage dtype, and their velocities."""
 
 
 class FlowPolicy:
@@ -124,10 +126,11 @@ class FlowPolicy:
                 x0 = predict_x0(at_least_float32(before), velocity, sigmas[step].to(self.device))
                 history = (x0[parent.to(self.device)], sigmas[step])
         trajectory = FlowTrajectory(batch, plan, sigmas, tuple(levels), Tree(keys, log_probs))
+        place = node[:, plan.num_table_steps]
         if plan.tail is not None:
-            x = self._tail(batch, plan, x, sample, sigmas, history)
-            evals += len(x) * plan.num_tail_steps
-        x = x[node[:, plan.num_table_steps].to(self.device)]
+            x, place, more = self._tail(batch, plan, x, sample, place, sigmas, history)
+            evals += more
+        x = x[place.to(self.device)]
         return self._rollout(batch, x, evals, self.guidance_scale), trajectory
 
     def evaluate(self, trajectory: FlowTrajectory, index: Tensor) -> Evaluation:
@@ -154,16 +157,26 @@ class FlowPolicy:
 
     @torch.no_grad()
     def solve(
-        self, batch: PromptBatch, *, num_steps: int, solver: Solver
+        self,
+        batch: PromptBatch,
+        *,
+        num_steps: int,
+        solver: Solver,
+        start: Tensor | None = None,
+        watch: Watch | None = None,
     ) -> tuple[Rollout, Tensor, Tensor]:
         """Images by a solver with the weights in use and the rollout's guidance.
 
+        `start` [N, ...] is the noise to begin with, None = as in `sample`; with `watch`, states are
+        rounded to the storage dtype before every step.
+
         Returns:
-            The samples, noise as in `sample`; their clean latents [N, ...] in the storage dtype,
+            The samples; their clean latents [N, ...] in the storage dtype,
             as decoded; the sampler's sigmas [T+1], on the CPU.
         """
         sigmas = self.pipeline.sigmas(num_steps)
-        x0 = self._solved(batch, sigmas, solver, self.guidance_scale).to(self.storage_dtype)
+        x0 = self._solved(batch, sigmas, solver, self.guidance_scale, start, watch)
+        x0 = x0.to(self.storage_dtype)
         evals = len(batch) * num_steps
         return self._rollout(batch, x0, evals, self.guidance_scale), x0, sigmas
 
@@ -247,24 +260,50 @@ class FlowPolicy:
         plan: StepPlan,
         x: Tensor,
         sample: Tensor,
+        place: Tensor,
         sigmas: Tensor,
         history: tuple[Tensor, Tensor] | None,
-    ) -> Tensor:
-        """The states at the end, from the states after the last stochastic step.
+    ) -> tuple[Tensor, Tensor, int]:
+        """The states at the end, from the states x at the end of the table.
 
-        That step's x0 is the history of the first step here, so it is of second order (of first
-        where that step began at sigma = 1, or there was none), up to the noise that lies between.
+        The last step's x0 is the history of the first step here, so that one is of second order (of
+        first where the last step began at sigma = 1, or there was none), up to the noise between.
+
+        Returns:
+            The states; int64 [N], which of them is a sample's, as `place` is for x; the number of
+            network evaluations.
         """
-        points = resampled(sigmas, plan.num_table_steps, plan.num_tail_steps)
-        return self._walk(batch, x, sample, points, dpmpp_2m, self.guidance_scale, history)
+        assert plan.tail is not None
+        paths = plan.tail.paths(sigmas, plan.num_table_steps)
+        ends: list[Tensor] = []
+        end_of, evals = torch.empty_like(place), 0
+        for number, points in enumerate(paths):
+            mine = batch.member % len(paths) == number
+            if not mine.any():  # of a part of a group
+                continue
+            state, back = torch.unique(place[mine], return_inverse=True)
+            end_of[mine] = back + sum(map(len, ends))
+            at = state.to(self.device)
+            past = None if history is None else (history[0][at], history[1])
+            solver, scale = plan.tail.solver, self.guidance_scale
+            ends.append(self._walk(batch, x[at], sample[state], points, solver, scale, past))
+            evals += len(state) * (len(points) - 1)
+        return torch.cat(ends), end_of, evals
 
     def _solved(
-        self, batch: PromptBatch, sigmas: Tensor, solver: Solver, guidance_scale: float
+        self,
+        batch: PromptBatch,
+        sigmas: Tensor,
+        solver: Solver,
+        guidance_scale: float,
+        start: Tensor | None = None,
+        watch: Watch | None = None,
     ) -> Tensor:
-        """The end of every sample's way from its own noise."""
-        x = self._noise(batch.seed, batch.sample_id, stream=0)
-        everyone = torch.arange(len(batch))
-        return self._walk(batch, x, everyone, sigmas, solver, guidance_scale)
+        """The end of every sample's way from `start`, or its own noise."""
+        if start is None:
+            start = self._noise(batch.seed, batch.sample_id, stream=0)
+        x, everyone = start.to(self.device, self._state_dtype), torch.arange(len(batch))
+        return self._walk(batch, x, everyone, sigmas, solver, guidance_scale, watch=watch)
 
     def _walk(
         self,
@@ -275,13 +314,17 @@ class FlowPolicy:
         solver: Solver,
         guidance_scale: float,
         history: tuple[Tensor, Tensor] | None = None,
+        watch: Watch | None = None,
     ) -> Tensor:
         """The states x [n, ...] of the samples at `sample` [n], moved along the sigmas `points`.
 
         `history` is (x0, sigma) of the step before, for solvers of higher order.
         """
         for sigma, sigma_next in pairwise(points):
+            x = x if watch is None else x.to(self.storage_dtype)
             velocity = self._velocities(x, sample, batch, sigma, guidance_scale)
+            if watch is not None:
+                watch(x, velocity)
             old_x0, old_sigma = history if history is not None else (None, None)
             x, x0 = solver(
                 at_least_float32(x),

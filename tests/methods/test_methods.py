@@ -21,7 +21,8 @@ from torch import Tensor
 from flowrl.methods import METHODS, Method
 from flowrl.methods.flow import dance_grpo, flow_grpo, flow_grpo_fast, mix_grpo, mix_grpo_flash
 from flowrl.methods.objectives import KLS, ClippedRatio, transition_kl
-from flowrl.methods.spec import KERNELS, Needs, StepPlan, Tail, TokenPlan, own_noise, shared_start
+from flowrl.methods.spec import KERNELS, Needs, StepPlan, TokenPlan, own_noise, shared_start
+from flowrl.methods.tails import Tail
 from flowrl.methods.token import grpo
 from flowrl.methods.trees import branch_grpo, parent_keys, tempflow_grpo
 from flowrl.types import Chunk, Decisions, Evaluation, Scores
@@ -243,6 +244,49 @@ OTHER: dict[str, dict[str, Any]] = {
         "advantage_clip": 3.25,
         "kl": "code",
         "kl_coef": 0.017,
+    },
+    "flash_grpo": {
+        "num_steps": 14,
+        "window_end": 4,
+        "kernel": "dance_sde",
+        "noise_level": 0.31,
+        "clip_range": 0.013,
+        "advantage_std": "group",
+        "advantage_clip": 3.25,
+        "kl": "code",
+        "kl_coef": 0.017,
+    },
+    "g2rpo": {
+        "num_steps": 14,
+        "window_end": 4,
+        "granularities": (1, 3),
+        "num_branches": 5,
+        "kernel": "dance_sde",
+        "noise_level": 0.31,
+        "clip_range": 0.013,
+        "advantage_clip": 3.25,
+    },
+    "dense_grpo": {
+        "num_steps": 7,
+        "num_trajectories": 5,
+        "kernel": "dance_sde",
+        "noise_level": 0.31,
+        "clip_range": 0.013,
+        "advantage_clip": 3.25,
+        "kl": "code",
+        "kl_coef": 0.017,
+    },
+    "neighbor_grpo": {
+        "num_steps": 7,
+        "solver": "ode",
+        "group_size": 13,
+        "num_anchors": 5,
+        "num_trained": 3,
+        "step_seed": 31,
+        "spread": 0.37,
+        "temperature": 0.71,
+        "power": 0.93,
+        "clip_range": 0.013,
     },
     "grpo_guard": {
         "num_steps": 7,
@@ -475,7 +519,7 @@ def test_the_tail_is_as_long_as_paper_and_code_say() -> None:
         assert Tail(0.4).num_steps(21 - start) == -(-(21 - start) * 4 // 10)
         assert Tail(0.2, "code").num_steps(21 - start) >= 1
     assert Tail(0.1).num_steps(30) == 3
-    with pytest.raises(ValueError, match="nothing is left for a tail"):
+    with pytest.raises(ValueError, match=r"step 3, the last stochastic one, 0 of 4 .* needs 1"):
         StepPlan(4, KERNELS["cps"](0.5), (3,), (), tail=Tail(0.5))
 
 

@@ -17,8 +17,10 @@ import torch
 from flowrl.commands.check import network_evals
 from flowrl.errors import ConfigError, ShapeError
 from flowrl.functional.ratios import importance_ratio
+from flowrl.methods.credit import dense_grpo, flash_grpo, g2rpo
 from flowrl.methods.flow import flow_grpo, mix_grpo_flash
-from flowrl.methods.spec import StepPlan, Tail, own_noise
+from flowrl.methods.spec import StepPlan, own_noise
+from flowrl.methods.tails import Tail
 from flowrl.methods.trees import branch_grpo, tempflow_grpo
 from flowrl.types import Tree
 from tests.policies.toy_flow import counted, make_batch, make_policy
@@ -30,6 +32,9 @@ PLANS: dict[str, tuple[Callable[[], StepPlan], int]] = {
     ),
     "tempflow": (lambda: tempflow_grpo(num_steps=4, num_seeds=2, num_branches=2).plan(0), 12),
     "flash": (lambda: mix_grpo_flash(num_steps=10, window=3, interval=1).plan(2), 4),
+    "a step per prompt": (lambda: flash_grpo(num_steps=6).plan(0), 4),
+    "granular": (lambda: g2rpo(num_steps=8, num_branches=2).plan(1), 4),
+    "completions": (lambda: dense_grpo(num_steps=4, num_trajectories=2).plan(0), 8),
 }  # fmt: skip
 ALL_PLANS = pytest.mark.parametrize(("plan", "size"), PLANS.values(), ids=PLANS)
 

@@ -35,6 +35,23 @@ METHODS = {
         FLOW.replace("flow_grpo", "flow_dppo").replace("clip_range: 0.2", "threshold: 0.02"),
         [],
     ),
+    "flash_grpo": (FLOW.replace("flow_grpo", "flash_grpo"), []),
+    "g2rpo": (
+        FLOW.replace("flow_grpo", "g2rpo").replace("advantage_std: group", "num_branches: 8"),
+        [],
+    ),
+    "dense_grpo": (
+        FLOW.replace("flow_grpo", "dense_grpo").replace(
+            "advantage_std: group", "num_trajectories: 8"
+        ),
+        ["data.group_size=48"],
+    ),
+    "neighbor_grpo": (
+        FLOW.replace("flow_grpo", "neighbor_grpo").replace(
+            "advantage_std: group", "group_size: 16, num_anchors: 8, spread: 0.7, temperature: 0.2"
+        ),
+        [],
+    ),
     "cps kernel": (FLOW, ["method.args.kernel=cps", "method.args.noise_level=0.6"]),
     "grpo on tokens": (TOKEN, []),
     "grpo on tokens with KL": (TOKEN, ["method.args.kl_coef=0.01"]),

@@ -14,6 +14,7 @@ from flowrl.commands.train import prepare_folder
 from flowrl.config import Config, load_config
 from flowrl.policies.flow import FlowPolicy
 from flowrl.policies.forward import ForwardPolicy
+from flowrl.policies.neighbors import NeighborPolicy
 from flowrl.policies.token import TokenPolicy
 from flowrl.policies.weights import FullWeights
 from flowrl.toys import (
@@ -100,6 +101,8 @@ def toy_parts(config: Config) -> build.Parts:
     )
     if method.policy == "forward":
         policy = ForwardPolicy(policy)
+    if method.policy == "neighbor":
+        policy = NeighborPolicy(policy)
     prompts = flow_prompts() if is_flow else token_prompts()[:4]
     measured = RewardSet(
         [("target", TargetReward(), 1.0) if is_flow else ("symbol", SymbolReward(), 1.0)]
