@@ -26,7 +26,7 @@ from flowrl.data.sampler import GroupSampler
 from flowrl.errors import ConfigError, closest
 from flowrl.fits import check_compute, check_groups, ratio_tolerance
 from flowrl.methods import METHODS, Method
-from flowrl.policies.flow import FlowPolicy
+from flowrl.policies.flow import FlowPolicy, guidance_rows
 from flowrl.policies.forward import ForwardPolicy
 from flowrl.policies.neighbors import NeighborPolicy
 from flowrl.policies.weights import FullWeights, LoraWeights
@@ -58,7 +58,7 @@ class Parts:
     @property
     def guidance_rows(self) -> int:
         """Network rows per row of a trajectory."""
-        return 1 if self.config.model.guidance_scale == 1 else 2
+        return guidance_rows(self.policy.pipeline, self.config.model.guidance_scale)
 
 
 def build_parts(config: Config, where: str) -> Parts:
@@ -94,7 +94,8 @@ def build_parts(config: Config, where: str) -> Parts:
             "groups per update that the ranks divide"
         )
     check_groups(method, sampler, where)
-    check_compute(method, config, where)
+    adapter = find_adapter(config.model, where)
+    check_compute(method, config, where, guidance_rows(adapter, config.model.guidance_scale))
     policy = build_policy(config, where, method, accelerator.device)
     return Parts(
         config, accelerator, method, policy, rewards, eval_rewards, train_prompts, eval_prompts,
@@ -256,15 +257,7 @@ def build_pipeline(model: ModelSource, where: str, device: torch.device) -> Any:
     Raises:
         ConfigError: there is no such adapter, or the model cannot be loaded.
     """
-    from pipelines import PIPELINES
-
-    if model.pipeline not in PIPELINES:
-        raise ConfigError(
-            f"{where}: model.pipeline={model.pipeline} is not a pipeline; "
-            + closest(model.pipeline, PIPELINES)
-        )
-    module, _, name = PIPELINES[model.pipeline].partition(":")
-    adapter = getattr(importlib.import_module(module), name)
+    adapter = find_adapter(model, where)
     own = ("source", "revision", "height", "width", "max_sequence_length", "dtype", "device")
     args = check_call(adapter, model.args, where=f"{where}: model.args", given=own)
     with loading(f"{where}: model.id={model.id}"):
@@ -278,6 +271,23 @@ def build_pipeline(model: ModelSource, where: str, device: torch.device) -> Any:
             device=device,
             **args,
         )
+
+
+def find_adapter(model: ModelSource, where: str) -> Any:
+    """The class that `model.pipeline` names.
+
+    Raises:
+        ConfigError: there is no such adapter.
+    """
+    from pipelines import PIPELINES
+
+    if model.pipeline not in PIPELINES:
+        raise ConfigError(
+            f"{where}: model.pipeline={model.pipeline} is not a pipeline; "
+            + closest(model.pipeline, PIPELINES)
+        )
+    module, _, name = PIPELINES[model.pipeline].partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def embedded_model(name: str) -> Any:

@@ -37,15 +37,21 @@ def check_groups(method: Method, sampler: GroupSampler, where: str) -> None:
         )
 
 
-def check_compute(method: Method, config: Config, where: str) -> None:
+def check_compute(method: Method, config: Config, where: str, guidance_rows: int) -> None:
     """Refuses settings of `compute` that the method's objective cannot use.
+
+    Args:
+        method: the run's.
+        config: the run's.
+        where: the config file's name, for error messages.
+        guidance_rows: network rows per state, 2 with classifier-free guidance.
 
     Raises:
         ConfigError: what is compared does not fit into a chunk, or a ratio is asked for of a method
             that has none.
     """
     needs, compute = method.objective.needs, config.compute
-    rows = needs.together * (1 if config.model.guidance_scale == 1 else 2)
+    rows = needs.together * guidance_rows
     if needs.together > 1 and rows > compute.micro_batch_size:
         guided = "" if rows == needs.together else ", guided"
         raise ConfigError(

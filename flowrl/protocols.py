@@ -24,9 +24,12 @@ class FlowPipeline(Protocol):
 
     `encode` returns named tensors [P, ...], one row a prompt, on the CPU; `velocity` takes rows of
     them; `fingerprint` names everything that the embeddings depend on beside the prompts. `sigmas`
-    is [T+1], descending, last 0. `decode` returns [B, 3, H, W] in [0, 1].
+    is [T+1], descending, last 0. `decode` returns [B, 3, H, W] in [0, 1]. `embeds_guidance`: True =
+    the guidance scale is an input of the network, which `velocity` finds as "guidance" [B] among
+    the rows; False = guidance takes a second row, of the empty prompt.
     """
 
+    embeds_guidance: bool
     network: nn.Module
     latent_shape: tuple[int, ...]
     fingerprint: str

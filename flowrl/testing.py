@@ -23,7 +23,9 @@ from flowrl.types import Decisions, Prompt, PromptBatch, Rollout
 PROMPTS = ("a red square", "two blue circles")
 _ONE_CALL = "one call of the network that it is given"
 _SHARED = ("network", "fingerprint", "encode", "release_encoders", "decode", "save_full")
-_FLOW = (*_SHARED, "latent_shape", "sigmas", "velocity", "lora_targets", "save_lora")
+_FLOW = (
+    *_SHARED, "embeds_guidance", "latent_shape", "sigmas", "velocity", "lora_targets", "save_lora",
+)  # fmt: skip
 _TOKEN = (*_SHARED, "num_tokens", "logits")
 
 
@@ -41,7 +43,7 @@ def check_pipeline(
     over is the one that is called; equal inputs give equal outputs.
     Flow: it encodes the empty prompt; sigmas descend strictly from at most 1 to exactly 0; a
     velocity has the latents' shape and a floating dtype, carries a gradient, and a row does not
-    depend on its neighbours; a LoRA's targets exist.
+    depend on its neighbours; guidance that is embedded moves it; a LoRA's targets exist.
     Token: logits are [B, S, V], carry a gradient, do not see the present or later tokens, and are
     the same for the beginning of a sequence; a row does not depend on its neighbours.
 
@@ -114,9 +116,11 @@ def _check_velocity(
     x_t = torch.randn(num, *pipeline.latent_shape, generator=generator).to(device)
     sigma = torch.linspace(0.9, 0.3, num, device=device)
     recorder = _Recorder(pipeline.network)
+    if pipeline.embeds_guidance:
+        rows = rows | {"guidance": torch.full((num,), 3.5, device=device)}
 
-    def velocity(index: Tensor) -> Tensor:
-        chosen = {name: value[index] for name, value in rows.items()}
+    def velocity(index: Tensor, **changed: Tensor) -> Tensor:
+        chosen = {name: value[index] for name, value in (rows | changed).items()}
         output: Tensor = pipeline.velocity(recorder, x_t[index], sigma[index], chosen)
         return output
 
@@ -130,6 +134,11 @@ def _check_velocity(
         again, alone = velocity(everyone), velocity(everyone[-1:])
     _require_same(output, again, 0.0, "velocity", "for equal inputs (no dropout)")
     _require_same(output[-1:], alone, tolerance, "a row of velocity", "computed alone")
+    if pipeline.embeds_guidance:
+        with torch.no_grad():
+            moved = not torch.equal(velocity(everyone, guidance=rows["guidance"] + 2), output)
+        what = 'velocity with another "guidance"'
+        _require(moved, what, "another one, because embeds_guidance is True", "the same")
     _check_decode(pipeline.decode, x_t, 100 * x_t, tolerance)
 
 

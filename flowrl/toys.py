@@ -63,6 +63,7 @@ class ToyFlowPipeline:
     added to it. A point is decoded to an image of a soft dot.
     """
 
+    embeds_guidance = False
     latent_shape: tuple[int, ...] = (2,)
     fingerprint = "toy flow"
 

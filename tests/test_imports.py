@@ -36,6 +36,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "flowrl.calls": ("flowrl.errors", "flowrl.yamlio", "flowrl.strict"),
     "flowrl.config": ("flowrl.errors", "flowrl.yamlio", "flowrl.strict", "flowrl.calls"),
     "flowrl.configdoc": ("flowrl.config", "flowrl.strict"),
+    # A page's costs are counted as `flowrl check` counts them.
+    "flowrl.methodsdoc": ("flowrl.methods", "flowrl.commands.check", "flowrl.strict"),
     "flowrl.methods": ("flowrl.functional", *RECORDS, *CONFIG),
     # A policy runs the plan of a method's spec, and draws its noise where all seeds are derived.
     "flowrl.policies": (

@@ -49,6 +49,9 @@ def flow_grpo(
     Paper: Flow-GRPO, arXiv:2505.05470, eq. 4 to 9. Differs: kl_coef is 0 by default, because the
     published 0.04 (GenEval, OCR) and 0.01 (PickScore) belong to `kl="code"`, whose KL lacks the
     factor 1/dt of the paper's; set both to reproduce the published runs.
+
+    Use when: you want the baseline that the others are measured against, and can pay for training
+    nearly every sampler step.
     """
     require_positive(noise_level=noise_level, clip_range=clip_range, advantage_clip=advantage_clip)
     plan = StepPlan(
@@ -93,6 +96,9 @@ def dance_grpo(
     normalised one by one in their group (with the published code's eps=1e-8, ddof=1) and then
     summed. Differs: one clipped loss of the summed advantages, where the published code adds one
     clipped loss per reward (equal while nothing is clipped).
+
+    Use when: the samples of a group should start from one noise, which the paper found to prevent
+    reward hacking on video, or its published FLUX runs are your reference.
     """
     require_positive(noise_level=noise_level, clip_range=clip_range, advantage_clip=advantage_clip)
     plan = StepPlan(
@@ -147,6 +153,9 @@ def mix_grpo(
     (with the published code's eps=1e-8, ddof=1) and then summed. Differs: see `windows`; the window
     stops before step window_end, None = the last step, which is never trained. A window that comes
     to the low noise levels can undo what it learnt: their Gaussians are sharp.
+
+    Use when: time counts: a window costs a fraction of training every step, in the paper at an
+    equal or better reward, so it is the first to try.
     """
     require_positive(noise_level=noise_level, clip_range=clip_range, advantage_clip=advantage_clip)
     end = _window_end(window_end, num_steps - 1, num_steps, window)
@@ -201,6 +210,9 @@ def mix_grpo_flash(
     ceil((T - w - l) * tail_ratio) of DPM-Solver++ 2M, tail_ratio 0.4; `frozen` is Flash*, whose
     window stays at 0, with 0.2. Differs: tail_count="code" counts as its code does, but always
     ends at sigma = 0 (see `tails.Tail`); otherwise as `mix_grpo`.
+
+    Use when: the rollout takes most of the time even with `mix_grpo`, and a slightly lower reward
+    than its own is acceptable.
     """
     base = mix_grpo(
         num_steps=num_steps,
@@ -248,6 +260,9 @@ def flow_grpo_fast(
     With shared_noise a group branches from one state at the window's start, as its first version
     did. Differs: all ranks draw the same window, anew in every training step, where the code draws
     one per call of the pipeline, so that groups mix windows. window_end None = num_steps // 2.
+
+    Use when: Flow-GRPO's training steps cost too much, or the model is to do without guidance,
+    which such a run distils into it.
     """
     base = flow_grpo(
         num_steps=num_steps,

@@ -62,6 +62,9 @@ def diffusion_nft(
     several rewards. num_draws None = each of the sampler's own steps but the share that
     trained_fraction leaves out, once. `loss="code"` is what produced the published numbers, with
     its factor of advantage_clip; "paper" is the formula. Differs: mean over dims, not sum.
+
+    Use when: the model is to be sampled without guidance and by any solver, and few updates must
+    suffice; not for models distilled to few steps.
     """
     require_positive(advantage_clip=advantage_clip)
     levels = _levels(num_steps, trained_fraction)
@@ -110,6 +113,9 @@ def awm(
     Paper: AWM, arXiv:2509.25050, its code for GenEval and OCR (kl_coef 1e-4 for PickScore): sampled
     by an ODE without guidance, advantages of +-5 scaled to +-1, trained at the sampler's steps from
     the second to trained_fraction. Differs: no SA-Solver; see also `MatchedRatio`.
+
+    Use when: you want a policy gradient on clean samples, without guidance, held back by a KL to
+    the reference and to the set that lags behind.
     """
     require_positive(advantage_clip=advantage_clip, advantage_scale=advantage_scale)
     _levels(num_steps, trained_fraction, first_step)
@@ -162,6 +168,9 @@ def dgpo(
     and anchor "old". From training step old_from on, the set that lags behind draws the samples;
     None = never.
     Differs: no clip of the error; levels are drawn per group, where the code draws them for all.
+
+    Use when: groups are large and their ranking is to be learnt as one preference, from samples of
+    a deterministic solver.
     """
     require_positive(advantage_clip=advantage_clip)
     _levels(num_steps, trained_fraction)
@@ -207,6 +216,9 @@ def online_dpo(
     Paper: Flow-GRPO's code, `train_sd3_dpo` (24 samples of a prompt), after Diffusion-DPO,
     arXiv:2311.12908. The pair is compared with `old`, which becomes current every renew_every
     updates; None = with the base model. Differs: a group without a difference gives no pair.
+
+    Use when: the reward is trusted only to tell the best of a group from the worst, or a DPO
+    baseline is needed.
     """
     plan = ForwardPlan(num_steps, num_draws, logit_normal_sigma, SOLVERS[solver], shares_draws=True)
     if renew_every is not None:
@@ -236,6 +248,9 @@ def best_of_n_sft(
 
     Paper: Flow-GRPO's code, `train_sd3_sft`; `weight="reward"` is reward-weighted regression, whose
     weight is the sum of the rewards, which must not be negative. No sample repels.
+
+    Use when: a supervised baseline is needed; without samples that repel, DiffusionNFT's authors
+    saw such training collapse.
     """
     plan = ForwardPlan(num_steps, num_draws, logit_normal_sigma, SOLVERS[solver])
     return Method(

@@ -45,6 +45,9 @@ def grpo_guard(
     log-ratio is std times the plain one, so clip ranges of other methods do not fit. Differs:
     RatioNorm per sample, as in the paper; Flow-GRPO's code takes one bias for the whole batch.
 
+    Use when: the trained reward rises while the images get worse, and the clip hardly ever acts on
+    samples with a positive advantage.
+
     Raises:
         ValueError: a kernel that is not a reverse SDE, besides wrong numbers.
     """
@@ -92,6 +95,9 @@ def flow_dppo(
     the defaults are: a window of two steps at a random place in the first five, no clip of the
     advantages, no KL to the reference. Unverified: the paper itself, its numbers included, was not
     read. Differs: the std of the rewards is that of all of them (ddof 0), in the code ddof 1.
+
+    Use when: several updates are made per rollout, and a bound on how far each decision moves is
+    wanted in place of a clip range.
     """
     base = flow_grpo_fast(
         num_steps=num_steps,
@@ -130,6 +136,9 @@ def pref_grpo(
     with several rewards each by itself. The numbers are those of its first FLUX script; a later one
     has 15 steps. Unverified: the tables of the paper. Differs: see `dance_grpo`; here the random
     share of the steps is drawn from all but the last.
+
+    Use when: the scores of a prompt's images differ by less than their own error, and a judge of
+    pairs is at hand.
     """
     base = dance_grpo(
         num_steps=num_steps,
@@ -159,6 +168,8 @@ def flow_gdpo(
     Paper: GDPO, arXiv:2601.05242, for tokens; on flows as in Flow-Factory and in Pref-GRPO's code,
     whose other numbers are not taken over. With one reward it is `flow_grpo(advantage_std="group")`
     up to one factor, near 1. Unverified: the paper's eps (here 1e-4, ddof 0, as in `flow_grpo`).
+
+    Use when: several rewards of unequal scale are trained at once, and none may drown the others.
     """
     base = flow_grpo(
         num_steps=num_steps,

@@ -27,6 +27,8 @@ def grpo(
     Paper: GRPO, arXiv:2402.03300, eq. 3 to 4. Differs: the loss is the mean over all tokens of the
     update, not the mean of sequence means (equal for sequences of one length); kl_coef is 0 by
     default (the paper's is 0.04).
+
+    Use when: the model is autoregressive over tokens; it is the only method here that trains one.
     """
     require_positive(advantage_clip=advantage_clip)
     return Method(

@@ -75,6 +75,9 @@ def branch_grpo(
     the code does; branch noise has unit variance; path fusion is one softmax over whole paths; a
     depth window moves later, as the paper says, and the mix window over training.
 
+    Use when: you want more samples of a prompt for fewer evaluations, and advantages that differ
+    along the way although the reward is given at the end.
+
     Raises:
         ValueError: numbers that make no tree, or leave nothing to train.
     """
@@ -151,6 +154,9 @@ def tempflow_grpo(
     samples of their prompt that branched at the same step, num_seeds * num_branches of them. The
     loss of a step is weighted by its noise, with mean 1. kl_coef is GenEval's; 0.001 elsewhere.
     Differs: the mean of the weights is exact, in the code a constant.
+
+    Use when: you want to know which step a reward is due to, and decoding and scoring many images
+    per prompt is cheap beside the network.
 
     Raises:
         ValueError: numbers that make no tree.

@@ -41,7 +41,8 @@ class FlowPolicy:
     Args:
         pipeline: what encodes, moves and decodes latents.
         weights: the parameter sets of `pipeline.network`.
-        guidance_scale: classifier-free guidance, the same in rollout and evaluation; 1 = off.
+        guidance_scale: the same in rollout and evaluation; classifier-free (1 = off), or an input
+            of the network, if the pipeline embeds it.
         rollout_batch_size: network rows per forward without gradient.
         decode_batch_size: images per call of the decoder.
         device: where the network is.
@@ -341,7 +342,7 @@ class FlowPolicy:
         self, x: Tensor, sample: Tensor, batch: PromptBatch, sigma: Tensor, guidance_scale: float
     ) -> Tensor:
         """Velocity of all distinct states of a level, in chunks of the network, for a rollout."""
-        chunk = max(1, self.rollout_batch_size // (1 if guidance_scale == 1 else 2))
+        chunk = max(1, self.rollout_batch_size // guidance_rows(self.pipeline, guidance_scale))
         parts = []
         for start in range(0, len(x), chunk):
             states = at_least_float32(x[start : start + chunk])
@@ -359,8 +360,11 @@ class FlowPolicy:
         conditioning: Conditioning,
         guidance_scale: float,
     ) -> Tensor:
-        """Velocity, float32 at least; with guidance, both kinds of rows in one forward."""
+        """Velocity, float32 at least; with free guidance, both kinds of rows in one forward."""
         rows, empty = conditioning
+        if self.pipeline.embeds_guidance:
+            guidance = torch.full((len(x_t),), guidance_scale, device=x_t.device)
+            rows, guidance_scale = rows | {"guidance": guidance}, 1.0
         if guidance_scale == 1 or empty is None:
             return at_least_float32(self.pipeline.velocity(network, x_t, sigma, rows))
         both = {name: torch.cat([empty[name].expand_as(rows[name]), rows[name]]) for name in rows}
@@ -390,7 +394,7 @@ class FlowPolicy:
         """The record of decoded samples."""
         start = time.perf_counter()
         images = self._decode(latents)
-        rows = evals * (1 if guidance_scale == 1 else 2)
+        rows = evals * guidance_rows(self.pipeline, guidance_scale)
         return Rollout(batch, images, rows, time.perf_counter() - start)
 
     def _decode(self, latents: Tensor) -> Tensor:
@@ -400,6 +404,11 @@ class FlowPolicy:
             for i in range(0, len(latents), size)
         ]
         return torch.cat(parts)
+
+
+def guidance_rows(pipeline: FlowPipeline | type[FlowPipeline], guidance_scale: float) -> int:
+    """Network rows per state: two with classifier-free guidance, which 1 switches off."""
+    return 1 if guidance_scale == 1 or pipeline.embeds_guidance else 2
 
 
 def _density(log_prob: Tensor, std: Tensor, noisy: Tensor) -> Tensor:

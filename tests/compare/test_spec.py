@@ -13,6 +13,7 @@ import pytest
 from flowrl.compare.spec import UNLIMITED_STEPS, load_comparison
 from flowrl.config import load_config
 from flowrl.errors import ConfigError
+from flowrl.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = """\
@@ -131,3 +132,12 @@ def test_the_comparison_that_is_shipped_fits_together() -> None:
     assert len(comparison.plans) == 9 and comparison.baseline == "flow_grpo"
     assert {plan.config.method.name for plan in comparison.plans} == {"flow_grpo", "mix_grpo"}
     assert all(entry.claim for entry in comparison.config.runs)
+
+
+def test_the_comparison_of_the_family_holds_every_method_for_flows_once() -> None:
+    comparison = load_comparison(ROOT / "configs/compare/flow_family.yaml", seeds=[0])
+    flows = [name for name, make in METHODS.items() if make().policy != "token"]
+    assert sorted(plan.config.method.name for plan in comparison.plans) == sorted(flows)
+    assert all(plan.entry == plan.config.method.name for plan in comparison.plans)
+    assert {plan.config.method.args["num_steps"] for plan in comparison.plans} == {8}
+    assert {plan.config.run.max_minutes for plan in comparison.plans} == {5}

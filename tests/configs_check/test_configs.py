@@ -1,9 +1,9 @@
 """Every config in `configs/` loads, and passes `flowrl check` on a model of its own architecture.
 
 The SD3.5 configs meet a folder with Stable Diffusion 3.5 Medium's widths and file layout, random
-weights and two of its 24 blocks. Kills, among others: an argument that the method does not take;
-groups that 8 ranks cannot share; prompts that are trained on and evaluated on; an adapter target
-that the architecture does not have.
+weights and two of its 24 blocks; the FLUX configs one of FLUX.1-dev with two of its 57. Kills,
+among others: an argument that the method does not take; groups that 8 ranks cannot share; prompts
+that are trained on and evaluated on; an adapter target that the architecture does not have.
 """
 
 from __future__ import annotations
@@ -33,12 +33,15 @@ from flowrl.config import Config, load_config
 from flowrl.configdoc import describe_fields
 from flowrl.data.prompts import load_prompts
 from flowrl.data.sampler import GroupSampler
+from flowrl.methods import METHODS
 from flowrl.types import Prompt
+from tests.artefacts.flux_folder import dev_transformer, dev_vae, write_flux
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-METHODS = ("flow_grpo", "dance_grpo", "mix_grpo")
-ON_SHAPES = (*METHODS, "grpo_guard", "pref_grpo")
+ON_SHAPES = tuple(name for name, make in METHODS.items() if make().policy != "token")
+TREES = {"branch_grpo": 144, "tempflow_grpo": 140}  # whose groups have a size of their own
+LARGE = [path.stem for path in CONFIGS if path.stem.startswith(("sd35m_", "flux_"))]
 PUBLISHED_RANKS = (1, 8)
 
 
@@ -64,9 +67,10 @@ def test_every_config_loads_and_is_listed_in_the_readme(path: Path) -> None:
     assert len(one(0)) == config.data.num_groups * config.data.group_size
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_sd35_rollouts_divide_among_the_ranks_of_the_readme(method: str) -> None:
-    config = by_name(f"sd35m_{method}")
+@pytest.mark.parametrize("name", LARGE)
+def test_large_rollouts_divide_among_the_ranks_of_the_readme(name: str) -> None:
+    config = by_name(name)
+    assert config.method.name == name.partition("_")[2]
     for world_size in PUBLISHED_RANKS:
         sampler = GroupSampler(
             [Prompt("x")], num_groups=config.data.num_groups, group_size=config.data.group_size,
@@ -82,6 +86,9 @@ def test_the_shapes_configs_differ_from_the_quick_start_in_name_and_method_only(
         config = by_name(f"shapes_{method}")
         assert config.method.name == method
         assert config.method.args["num_steps"] == quickstart.method.args["num_steps"]
+        if method in TREES:
+            assert config.data.num_groups * config.data.group_size == TREES[method]
+            config = config.model_copy(update={"data": quickstart.data})
         if method == "pref_grpo":  # which is about its reward
             weights = {reward.name: reward.weight for reward in config.rewards}
             assert weights.pop("win_rate") == 1 and set(weights.values()) == {0}
@@ -122,7 +129,7 @@ def test_the_shapes_configs_pass_the_check(name: str, capsys: pytest.CaptureFixt
     check.run(Path(f"configs/{name}.yaml"), [])
     printed = capsys.readouterr().out
     assert "everything fits together" in printed
-    assert "24 groups x 6 = 144" in printed
+    assert f"= {TREES.get(name.removeprefix('shapes_'), 144)}" in printed
 
 
 @pytest.mark.parametrize(
@@ -134,6 +141,13 @@ def test_the_shapes_configs_pass_the_check(name: str, capsys: pytest.CaptureFixt
         ("dance_grpo", "32 groups x 12 = 384", 2 * (32 + 15 * 32 * 12)),
         # the window stands at 0: its first step is shared by the group
         ("mix_grpo", "96 groups x 24 = 2304", 2 * (96 + 9 * 96 * 24)),
+        # one row each without guidance: every sample has its own start
+        ("flow_grpo_fast", "48 groups x 24 = 1152", 10 * 48 * 24),
+        ("grpo_guard", "48 groups x 24 = 1152", 2 * 10 * 48 * 24),
+        # the reference's closed form: 279 evaluations of 54 images, 4 seeds per prompt
+        ("tempflow_grpo", "48 groups x 216 = 10368", 2 * 279 * 4 * 48),
+        ("diffusion_nft", "48 groups x 24 = 1152", 10 * 48 * 24),
+        ("awm", "24 groups x 24 = 576", 14 * 24 * 24),
     ],
 )
 def test_the_sd35_configs_pass_the_check_on_the_true_architecture(
@@ -156,6 +170,40 @@ def test_the_sd35_configs_pass_the_check_on_the_true_architecture(
     assert f"{evaluations} network evaluations" in printed
     # Rank 32 on the 8 projections (1536 to 1536) of block 0; the last block has no to_add_out.
     assert f"{(8 + 7) * 32 * 2 * 1536 / 1e6:.2f} M parameters trained" in printed
+
+
+@pytest.mark.parametrize(
+    ("method", "samples", "evaluations"),
+    [
+        # one forward per step, because the guidance is embedded
+        ("flow_grpo", "48 groups x 24 = 1152", 6 * 48 * 24),
+        ("dance_grpo", "24 groups x 12 = 288", 24 + 15 * 24 * 12),
+        ("mix_grpo", "32 groups x 12 = 384", 32 + 24 * 32 * 12),
+        # ceil((25 - 4) * 0.4) = 9 steps after the window
+        ("mix_grpo_flash", "32 groups x 12 = 384", 32 + 3 * 32 * 12 + 9 * 32 * 12),
+        # the reference's count of a tree: 203 evaluations of 16 leaves
+        ("branch_grpo", "32 groups x 16 = 512", 203 * 32),
+        ("tempflow_grpo", "48 groups x 216 = 10368", 279 * 4 * 48),
+        ("pref_grpo", "24 groups x 9 = 216", 24 + 14 * 24 * 9),
+    ],
+)
+def test_the_flux_configs_pass_the_check_on_the_true_architecture(
+    method: str, samples: str, evaluations: int, flux_dev: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check.run(Path(f"configs/flux_{method}.yaml"), [f"model.id={flux_dev}"])
+    printed = capsys.readouterr().out
+    assert "everything fits together" in printed
+    assert samples in printed
+    assert f"{evaluations} network evaluations" in printed
+    # Rank 32 on 8 projections (3072 to 3072) of the double block and 3 of the single one.
+    assert f"{(8 + 3) * 32 * 2 * 3072 / 1e6:.2f} M parameters trained" in printed
+
+
+@pytest.fixture(scope="module")
+def flux_dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = write_flux(tmp_path_factory.mktemp("flux"), dev_transformer(), dev_vae())
+    yield folder
+    shutil.rmtree(folder)  # more than a gigabyte
 
 
 @pytest.fixture(scope="module")

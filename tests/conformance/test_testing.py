@@ -31,9 +31,11 @@ from flowrl.toys import (
     token_prompts,
 )
 from flowrl.types import Evaluation, Prompt, PromptBatch, Rollout
+from pipelines.flux import Flux
 from pipelines.sd3 import StableDiffusion3
 from rewards.shapes.reward import ShapesReward
 from rewards.simple import Brightness
+from tests.artefacts.flux_folder import tiny_transformer, write_flux
 
 DIRECTIONS = tuple(TARGETS)
 SYMBOLS = ("symbol 3", "symbol 7", "symbol 1")
@@ -59,6 +61,11 @@ def test_toy_pipelines_conform() -> None:
 def test_stable_diffusion_3_conforms(tmp_path: Path, schedule: Any) -> None:
     build_pipeline(build_vae(), seed=0).save_pretrained(tmp_path)
     check_pipeline(StableDiffusion3(str(tmp_path), max_sequence_length=12, schedule=schedule))
+
+
+def test_flux_conforms(tmp_path: Path) -> None:
+    write_flux(tmp_path, tiny_transformer())
+    check_pipeline(Flux(str(tmp_path), height=32, width=48, max_sequence_length=8))
 
 
 @pytest.mark.parametrize("graded", [False, True])
@@ -155,6 +162,10 @@ class PadsToTheLongest(ToyFlowPipeline):
 class EncodesByPosition(ToyFlowPipeline):
     def encode(self, prompts: Sequence[str]) -> Encoded:
         return super().encode(prompts) | {"embeds": torch.arange(len(prompts))[:, None]}
+
+
+class IgnoresItsGuidance(ToyFlowPipeline):
+    embeds_guidance = True
 
 
 class TooFewSigmas(ToyFlowPipeline):
@@ -276,6 +287,7 @@ FLOW = {
     EncodesWithGradient: r"encode\(\)\['embeds'\] must be detached",
     PadsToTheLongest: "pad to a fixed length",
     EncodesByPosition: "the same encoded alone",
+    IgnoresItsGuidance: "because embeds_guidance is True; got the same",
     TooFewSigmas: "one more than steps",
     SigmasInDouble: "float32, CPU; got torch.float64",
     SigmasAscend: "strictly descending",

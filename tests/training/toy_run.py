@@ -12,7 +12,7 @@ from typing import Any
 from flowrl import build
 from flowrl.commands.train import prepare_folder
 from flowrl.config import Config, load_config
-from flowrl.policies.flow import FlowPolicy
+from flowrl.policies.flow import FlowPolicy, guidance_rows
 from flowrl.policies.forward import ForwardPolicy
 from flowrl.policies.neighbors import NeighborPolicy
 from flowrl.policies.token import TokenPolicy
@@ -112,7 +112,8 @@ def toy_parts(config: Config) -> build.Parts:
         trained = RewardSet([("win_rate", WinRate(judge=PointwiseJudge(TargetReward())), 1.0)])
     sampler = build.build_sampler(config, prompts, accelerator)
     build.check_groups(method, sampler, "toy.yaml")
-    build.check_compute(method, config, "toy.yaml")
+    rows = guidance_rows(ToyFlowPipeline, config.model.guidance_scale)
+    build.check_compute(method, config, "toy.yaml", rows)
     return build.Parts(
         config, accelerator, method, policy, trained, measured, prompts, prompts, sampler
     )
