@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 from flowrl.commands.check import network_evals
 from flowrl.methods import METHODS, Method
+from flowrl.methods.forward_plan import NeighborPlan
 from flowrl.methods.spec import StepPlan, TokenPlan, own_noise, shared_start
 from flowrl.strict import type_name
 
@@ -167,6 +168,11 @@ def _cost_text(method: Method, spent: Cost | None) -> str:
 
 def _words(plan: Any) -> str:
     """Where the numbers of a plan come from."""
+    if isinstance(plan, NeighborPlan):
+        return (
+            f"one per sampler step ({plan.num_steps}); {plan.num_anchors} of {plan.group_size} "
+            f"samples are trained, one per each of {len(plan.trained)} steps"
+        )
     if not isinstance(plan, StepPlan):
         return (
             f"one per sampler step ({plan.num_steps}), and one per trained point of a sample "

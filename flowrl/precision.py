@@ -9,7 +9,7 @@ _NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
 
 
 def resolve_precision(name: str) -> str:
-    """accelerate's `mixed_precision`: `name`, or for "auto" bf16 where that is native, else no."""
+    """Accelerate's `mixed_precision`: `name`, or for "auto" bf16 where that is native, else no."""
     if name != "auto":
         return name
     return "bf16" if _has_native_bfloat16() else "no"

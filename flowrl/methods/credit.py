@@ -62,6 +62,9 @@ def flash_grpo(
     have mean 1 over these steps, in the code over those that a batch happened to draw; lambda is
     that of the schedule in use, where the code has a table for one. Unverified: the paper's text.
 
+    Use when: training costs more than sampling, as in video: one step per image is trained, and all
+    steps of the first half get their turn in one batch.
+
     Raises:
         ValueError: numbers that leave no step to draw from.
     """
@@ -111,6 +114,9 @@ def g2rpo(
     num_branches samples per granularity. Differs: a training step takes one step of the sampler,
     the next one in turn, on new prompts; the code rolls out all of them at once and then makes an
     update per step, all but the first off-policy. Unverified: the paper's text.
+
+    Use when: a reward judges details that depend on how finely an image was sampled, and decoding
+    and scoring each perturbed state several times is cheap beside the network.
 
     Raises:
         ValueError: numbers that leave no step to perturb, or none to finish in.
@@ -172,6 +178,9 @@ def dense_grpo(
     trained; kl_coef as in `flow_grpo` (published: 0.04, PickScore 0.01). Unverified: eps of the std
     (here 1e-4, ddof 0, as in `flow_grpo`). The mean reward that is logged is over completions.
 
+    Use when: images go wrong at particular steps, and num_steps completions of every trajectory are
+    affordable.
+
     Raises:
         ValueError: numbers that leave nothing to train.
     """
@@ -224,6 +233,8 @@ def neighbor_grpo(
     there a sum. Unverified: the paper was not read, but an abridgement of it: which steps it
     trains, its clip_range, its scale of the distance and how it sums several rewards (here each
     is normalised in its group, eps=1e-8, ddof=1).
+
+    Use when: the sampler must stay deterministic, as one of high order or of few steps.
 
     Raises:
         ValueError: numbers that leave nothing to train or to compare.
