@@ -22,13 +22,15 @@ from accelerate import Accelerator
 from flowrl.calls import check_call
 from flowrl.config import Config, RewardConfig
 from flowrl.data.prompts import load_prompts
-from flowrl.data.sampler import GroupSampler
+from flowrl.data.sampler import GroupSampler, eval_batch
 from flowrl.errors import ConfigError, closest
-from flowrl.fits import check_compute, check_groups, ratio_tolerance
+from flowrl.fits import check_compute, check_groups, measured_rewards, ratio_tolerance
 from flowrl.methods import METHODS, Method
+from flowrl.policies.distance import MAX_SAMPLES, TokenDistance, VelocityDistance
 from flowrl.policies.flow import FlowPolicy, guidance_rows
 from flowrl.policies.forward import ForwardPolicy
 from flowrl.policies.neighbors import NeighborPolicy
+from flowrl.policies.token import TokenPolicy
 from flowrl.policies.weights import FullWeights, LoraWeights
 from flowrl.precision import resolve_precision
 from flowrl.train.evaluate import Evaluator
@@ -48,7 +50,7 @@ class Parts:
     config: Config
     accelerator: Accelerator
     method: Method
-    policy: FlowPolicy | ForwardPolicy | NeighborPolicy
+    policy: FlowPolicy | ForwardPolicy | NeighborPolicy | TokenPolicy
     rewards: RewardSet
     eval_rewards: RewardSet
     train_prompts: tuple[Prompt, ...]
@@ -81,13 +83,13 @@ def build_parts(config: Config, where: str) -> Parts:
     eval_prompts = load_named_prompts(config.eval.data, where=f"{where}: eval.data")
     eval_prompts = eval_prompts[: config.eval.max_prompts]
     rewards = build_rewards(config.rewards, where=f"{where}: rewards")
-    measured = config.eval.rewards or config.rewards
+    measured = measured_rewards(config, rewards.group_scope, where)
     eval_rewards = build_rewards(measured, where=f"{where}: eval.rewards")
     accelerator = build_accelerator(config)
     sampler = build_sampler(config, train_prompts, accelerator)
     if not rewards.weights:
         raise ConfigError(f"{where}: all rewards have weight 0, so there is nothing to train on")
-    if rewards.has_group_scope and not sampler.has_whole_groups:
+    if rewards.group_scope and not sampler.has_whole_groups:
         raise ConfigError(
             f"{where}: a reward compares the samples of a group, but groups of "
             f"{config.data.group_size} span {accelerator.num_processes} ranks; use a number of "
@@ -143,9 +145,10 @@ def build_trainer(parts: Parts, run: Path) -> Trainer:
         method=parts.method,
         rewards=parts.rewards,
         sampler=parts.sampler,
-        evaluator=build_evaluator(config, parts.eval_prompts, parts.eval_rewards),
+        evaluator=build_evaluator(parts),
         learner=learner,
         ratio_tolerance=ratio_tolerance(config, parts.method),
+        guidance_rows=parts.guidance_rows,
     )
 
 
@@ -210,7 +213,7 @@ def build_policy(
     else:
         weights = FullWeights(
             pipeline.network,
-            with_reference="reference" in method.objective.needs.sets,
+            with_reference=needs_reference(config, method),
             ema_decay=config.optim.ema_decay,
             with_old=method.old_decay is not None,
         )
@@ -386,19 +389,48 @@ def build_sampler(
     )
 
 
-def build_evaluator(config: Config, prompts: Sequence[Prompt], rewards: RewardSet) -> Evaluator:
+def needs_reference(config: Config, method: Method) -> bool:
+    """Whether full tuning must keep a copy of the base: for the method, or for the distance."""
+    return "reference" in method.objective.needs.sets or config.monitor.reward is not None
+
+
+def build_distance(parts: Parts) -> VelocityDistance | TokenDistance | None:
+    """The distance from the base, on samples spread over the held-out prompts.
+
+    None where no monitor guards the run: full tuning keeps no copy of the base then.
+    """
+    config, prompts = parts.config, parts.eval_prompts
+    if config.monitor.reward is None:
+        return None
+    num = min(len(prompts), MAX_SAMPLES)
+    batch = eval_batch(
+        [prompts[i * len(prompts) // num] for i in range(num)],
+        samples_per_prompt=MAX_SAMPLES // num,
+        seed=config.eval.seed,
+        rank=0,
+        world_size=1,
+    )
+    policy = parts.policy
+    if isinstance(policy, TokenPolicy):
+        return TokenDistance(policy, batch)
+    sampler = policy if isinstance(policy, FlowPolicy) else policy.sampler
+    return VelocityDistance(sampler, batch, num_steps=config.eval.num_steps)
+
+
+def build_evaluator(parts: Parts) -> Evaluator:
     """The held-out evaluation; of the averaged weights where the run keeps them."""
-    settings = config.eval
+    config, settings = parts.config, parts.config.eval
     guidance = settings.guidance_scale
     return Evaluator(
-        prompts=prompts,
-        rewards=rewards,
+        prompts=parts.eval_prompts,
+        rewards=parts.eval_rewards,
         weights="current" if config.optim.ema_decay is None else "ema",
         num_steps=settings.num_steps,
         guidance_scale=config.model.guidance_scale if guidance is None else guidance,
         samples_per_prompt=settings.samples_per_prompt,
         seed=settings.seed,
         num_shown=settings.num_samples_shown,
+        distance=build_distance(parts),
     )
 
 

@@ -95,7 +95,10 @@ class ModelConfig(Record):
         default=None, min_length=1, description="the Hub's branch, tag or commit"
     )
     guidance_scale: float = Field(
-        default=1.0, ge=0, description="classifier-free guidance in rollout and training, 1 = off"
+        default=1.0,
+        ge=0,
+        description="guidance in rollout and training: classifier-free, 1 = off; or, as with flux, "
+        "an input of the network",
     )
     height: int | None = Field(
         default=None, ge=1, description="height of the images, pixels; null = the model's own"
@@ -244,9 +247,34 @@ class CheckpointConfig(Record):
     """When the run's state is saved."""
 
     every: int = Field(
-        default=10, ge=0, description="training steps between two, 0 = only at the end"
+        default=10,
+        ge=0,
+        description="training steps between two, 0 = only at the end; a new best of the monitor is "
+        "saved as well",
     )
     keep: int = Field(default=2, ge=1, description="checkpoints kept; older ones are deleted")
+
+
+class MonitorConfig(Record):
+    """A held-out reward that guards the run: the weights of its best evaluation are kept."""
+
+    reward: str | None = Field(
+        default=None,
+        min_length=1,
+        description="reward by whose held-out mean the best weights are kept in the run's best/; "
+        "one of eval.rewards or rewards, all of which are then measured; null = none",
+    )
+    proxy: str | None = Field(
+        default=None,
+        min_length=1,
+        description="held-out reward that stands for what is trained on in the report's plots; "
+        "null = the weighted sum of the rewards trained on",
+    )
+    early_stop: int | None = Field(
+        default=None,
+        ge=1,
+        description="evaluations without a new best after which the run ends; null = it goes on",
+    )
 
 
 class TrackConfig(Record):
@@ -281,6 +309,9 @@ class Config(Record):
     checkpoint: CheckpointConfig = Field(
         default=CheckpointConfig(), description="when the state is saved"
     )
+    monitor: MonitorConfig = Field(
+        default=MonitorConfig(), description="a reward that guards the run"
+    )
     track: TrackConfig = Field(default=TrackConfig(), description="where metrics go")
 
     @model_validator(mode="after")
@@ -299,6 +330,7 @@ class Config(Record):
                 f"optim.warmup_steps={self.optim.warmup_steps} exceeds the run's {total} updates "
                 f"({self.run.steps} steps x {updates} x {self.optim.epochs} epochs); lower it"
             )
+        self._check_monitor()
         for key, rewards in (("rewards", self.rewards), ("eval.rewards", self.eval.rewards or ())):
             names = [reward.label for reward in rewards]
             for name in names:
@@ -308,6 +340,20 @@ class Config(Record):
                         "overwrite each other; keep one"
                     )
         return self
+
+    def _check_monitor(self) -> None:
+        for key in ("proxy", "early_stop"):
+            value = getattr(self.monitor, key)
+            if self.monitor.reward is None and value is not None:
+                raise ValueError(
+                    f"monitor.{key}={value} would do nothing without monitor.reward; name the "
+                    "reward to watch there"
+                )
+        if self.monitor.early_stop is not None and not self.eval.every:
+            raise ValueError(
+                f"monitor.early_stop={self.monitor.early_stop} counts evaluations, but "
+                "eval.every=0 evaluates at both ends only; set eval.every"
+            )
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:

@@ -5,9 +5,11 @@ An impossible combination is a `ConfigError` with the config's file and key.
 
 from __future__ import annotations
 
-from flowrl.config import Config
+from collections.abc import Sequence
+
+from flowrl.config import Config, RewardConfig
 from flowrl.data.sampler import GroupSampler
-from flowrl.errors import ConfigError
+from flowrl.errors import ConfigError, closest
 from flowrl.methods import Method
 
 
@@ -66,6 +68,48 @@ def check_compute(method: Method, config: Config, where: str, guidance_rows: int
                 f"{where}: compute.{key} is about the ratio of log-probs, and {method.name} has "
                 "none; leave it out"
             )
+
+
+def measured_rewards(
+    config: Config, group_scope: Sequence[str], where: str
+) -> tuple[RewardConfig, ...]:
+    """The rewards of the held-out evaluation; the first one is its score.
+
+    They are `eval.rewards`, or those of the run. Where a monitor guards the run, the run's rewards
+    that `eval.rewards` leaves out are measured too, so that there is a proxy to set against the
+    monitor; but not those that compare the samples of a group: the mean of a group's win rates is
+    one half, however good they are.
+
+    Args:
+        config: the run's.
+        group_scope: labels of the run's rewards that compare the samples of a group.
+        where: the config file's name.
+
+    Raises:
+        ConfigError: `monitor` names a reward that is not measured, or nothing that is measured
+            stands for what is trained on.
+    """
+    given, monitor = config.eval.rewards or config.rewards, config.monitor
+    if monitor.reward is None:
+        return given
+    labels = {reward.label for reward in given}
+    more = [r for r in config.rewards if r.label not in {*labels, *group_scope}]
+    measured = (*given, *more)
+    known = [reward.label for reward in measured if reward.label not in group_scope]
+    for key, name in (("reward", monitor.reward), ("proxy", monitor.proxy)):
+        if name is not None and name not in known:
+            raise ConfigError(
+                f"{where}: monitor.{key}={name} is not measured on the held-out prompts by itself; "
+                f"{closest(name, known)}, or add it to eval.rewards"
+            )
+    trained = [reward.label for reward in config.rewards if reward.weight]
+    if monitor.proxy is None and not set(trained) & set(known):
+        raise ConfigError(
+            f"{where}: {' and '.join(trained)} compares the samples of a group, so its held-out "
+            "mean shows no progress; add a reward that stands for it, such as its judge, to "
+            "eval.rewards and name it in monitor.proxy"
+        )
+    return measured
 
 
 def ratio_tolerance(config: Config, method: Method) -> float | None:

@@ -137,6 +137,7 @@ def test_defaults_are_those_of_the_schema(write: Write) -> None:
             "image_every": 0,
             "log_every": 1,
         },
+        "monitor": {"reward": None, "proxy": None, "early_stop": None},
     }
 
 
@@ -423,6 +424,9 @@ def test_the_same_key_twice_among_overrides_is_refused(write: Write) -> None:
         (["optim.warmup_steps=11"], "exceeds the run's 10 updates"),
         (["rewards=[{name: a}, {name: a}]"], "rewards names 'a' 2 times"),
         (["eval.rewards=[{name: a}, {name: a}]"], "eval.rewards names 'a' 2 times"),
+        (["monitor.early_stop=3"], "monitor.early_stop=3 would do nothing without monitor.reward"),
+        (["monitor.proxy=a"], "monitor.proxy=a would do nothing without monitor.reward"),
+        (["monitor={reward: a, early_stop: 3}"], "eval.every=0 evaluates at both ends only"),
     ],
 )
 def test_numbers_that_do_not_fit_together_are_refused(

@@ -39,7 +39,7 @@ def print_parts(parts: Parts) -> None:
     for title, rows in (
         ("Method", parts.method.describe()),
         ("Batch", parts.sampler.describe()),
-        ("Rewards", parts.rewards.describe()),
+        ("Rewards", reward_rows(parts)),
         ("Cost of a training step", estimate(parts)),
     ):
         table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
@@ -50,10 +50,30 @@ def print_parts(parts: Parts) -> None:
         console.print(table)
 
 
+def reward_rows(parts: Parts) -> list[tuple[str, str]]:
+    """Rows (reward, role): trained on or a monitor, measured where, and which one guards."""
+    monitor, measured = parts.config.monitor, parts.eval_rewards.names
+    own = dict(parts.rewards.describe())
+    rows = dict(parts.eval_rewards.describe()) | own
+    said = []
+    for name, text in rows.items():
+        role, _, takes = text.partition("; ")
+        role = f"trained on, {role}" if name in parts.rewards.weights else "monitor"
+        places = [("rollouts", name in own), ("held-out prompts", name in measured)]
+        role += f", on {' and '.join(place for place, is_there in places if is_there)}"
+        if name == monitor.reward:
+            role += ", guards the run: its best weights are kept"
+            if monitor.early_stop is not None:
+                role += f", {monitor.early_stop} evaluations without a new best end the run"
+        said.append((name, f"{role}; {takes}"))
+    return said
+
+
 def estimate(parts: Parts) -> list[tuple[str, str]]:
     """Rows (what, how much) of the first training step, in closed form, over all ranks."""
     import torch
 
+    from flowrl.build import build_distance
     from flowrl.methods.spec import TokenPlan
 
     config, plan = parts.config, parts.method.plan(0)
@@ -76,6 +96,10 @@ def estimate(parts: Parts) -> list[tuple[str, str]]:
         ("network", f"{network / 1e6:.1f} MB, {trainable / 1e6:.2f} M parameters trained"),
         ("gradient and AdamW", f"{12 * trainable / 1e6:.1f} MB"),
     ]
+    if (distance := build_distance(parts)) is not None:
+        first, further = distance.network_evals
+        text = f"{further} network evaluations per held-out evaluation, {first} in the first one"
+        rows.append(("distance from base", f"{text}; beside those that the run counts"))
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         rows.append(("GPU memory", f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free"))

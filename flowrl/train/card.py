@@ -25,19 +25,22 @@ _MAX_IMAGES = 8
 _WIDTH = 192  # pixels; small images are shown larger than they are
 
 
-def write_card(run: Path, config: Config, method: Method, *, step: int) -> Path:
-    """Writes `run/final/README.md`, and the sample images that it shows into `run/final/images`.
+def write_card(
+    run: Path, config: Config, method: Method, *, step: int, folder: Path | None = None
+) -> Path:
+    """Writes `README.md` beside an artefact, and the sample images that it shows into `images`.
 
     Args:
         run: the run's folder, whose `eval` holds the evaluations; without one the card says so.
         config: the run's.
         method: as it ran.
         step: training steps done; evaluations of later steps belong to a discarded continuation.
+        folder: the artefact's; None = `run/final`.
 
     Returns:
         The card.
     """
-    folder = run / "final"
+    folder = folder or run / "final"
     folder.mkdir(parents=True, exist_ok=True)
     evals = _evaluations(run / "eval", step)
     sections = [
@@ -62,7 +65,7 @@ def usage(config: Config, *, prompt: str) -> str:
     model = config.model
     scheduler, schedule = _schedule(config)
     return (
-        "import torch\nfrom diffusers import StableDiffusion3Pipeline\n"
+        "import torch\nfrom diffusers import DiffusionPipeline\n"
         f"{_loading(config)}{scheduler}"
         f"image = pipe(\n    {_quoted(prompt)},\n{schedule}"
         f"    guidance_scale={_guidance(config):g},\n"
@@ -76,7 +79,7 @@ def usage(config: Config, *, prompt: str) -> str:
 def _loading(config: Config) -> str:
     """Lines that make `pipe`."""
     model = config.model
-    start = "pipe = StableDiffusion3Pipeline.from_pretrained"
+    start = "pipe = DiffusionPipeline.from_pretrained"
     if model.tuning == "full":
         return f'\n{start}("pipeline", dtype=torch.{model.dtype})\n'
     base, imports = _quoted(model.id), ""
@@ -97,7 +100,7 @@ def _schedule(config: Config) -> tuple[str, str]:
     if args.get("shift") is not None:
         lines = (
             "pipe.scheduler = pipe.scheduler.from_config("
-            f"pipe.scheduler.config, shift={args['shift']:g})\n"
+            f"pipe.scheduler.config, shift={args['shift']:g}, use_dynamic_shifting=False)\n"
         )
     if args.get("schedule") == "linear":
         # The scheduler shifts the sigmas that it is given, once.

@@ -42,7 +42,7 @@ _UNFINISHED = ".step_*.tmp"
 _FREE = (
     "run.name", "run.output_dir", "run.steps", "run.resume", "run.max_minutes",
     "run.max_evaluations",
-    "checkpoint", "track", "eval",
+    "checkpoint", "track", "eval", "monitor",
     "compute.micro_batch_size", "compute.rollout_batch_size", "compute.decode_batch_size",
     "compute.threads", "compute.ratio_tolerance", "model.gradient_checkpointing",
 )  # fmt: skip
@@ -95,18 +95,18 @@ class Checkpoints:
         text = json.dumps(dict(extra), indent=1)  # a caller's mistake shows before anything moves
         partial = self.folder / f".step_{step:06d}.tmp"
         try:
-            with _Together(accelerator, self.folder):
+            with Together(accelerator, self.folder):
                 if accelerator.is_main_process:
                     self._clean()
                     partial.mkdir(parents=True)
-            with _Together(accelerator, self.folder):
+            with Together(accelerator, self.folder):
                 _save_accelerator(accelerator, partial)
                 state = weights.state_dict()
                 if accelerator.is_main_process:
                     statefiles.write_weights(state, partial)
                     (partial / statefiles.EXTRA).write_text(text, encoding="utf-8")
             path = ""
-            with _Together(accelerator, self.folder):
+            with Together(accelerator, self.folder):
                 if accelerator.is_main_process:
                     path = str(self._publish(partial, step, accelerator.num_processes))
         except BaseException:  # Ctrl-C as well: nothing half written stays behind
@@ -163,11 +163,11 @@ class Checkpoints:
             CheckpointError: a file is missing or damaged, or the state does not fit this run.
         """
         path = Path(path)
-        with _Together(accelerator, path):
+        with Together(accelerator, path):
             if accelerator.is_main_process:
                 statefiles.verify(path, self._remedy(path))
         manifest = statefiles.read_manifest(path)
-        with _Together(accelerator, path):
+        with Together(accelerator, path):
             try:
                 weights.load_state_dict(statefiles.read_weights(path))
                 _load_accelerator(accelerator, path)
@@ -246,9 +246,9 @@ def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Refuse to go on with a configuration that would make it another run.
 
     Free are the keys that say where, how long and how fast the run goes and what is observed of
-    it: `run.*` but the seed, `checkpoint.*`, `track.*`, `eval.*`, `compute.*` but the precision,
-    and gradient checkpointing. `run.steps` is free only while the learning rate does not depend on
-    it (`optim.schedule: constant`).
+    it: `run.*` but the seed, `checkpoint.*`, `track.*`, `eval.*`, `monitor.*`, `compute.*` but the
+    precision, and gradient checkpointing. `run.steps` is free only while the learning rate does
+    not depend on it (`optim.schedule: constant`).
 
     Args:
         old: the configuration stored in the checkpoint, as plain data.
@@ -299,7 +299,7 @@ def _show(value: Any) -> str:
 # --------------------------------------------------------------------------- accelerate
 
 
-class _Together:
+class Together:
     """A block that all ranks leave together: what fails on one is raised on every one.
 
     Without it a rank whose disk is full would leave the others waiting for it.

@@ -6,7 +6,7 @@ sample), so a curve compares like with like.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class Evaluator:
         num_steps, guidance_scale: of the deterministic sampler.
         samples_per_prompt, seed: fix the noise.
         num_shown: samples kept as images, spread over the prompts.
+        distance: of a parameter set from the base, by its name; None = not measured.
     """
 
     prompts: Sequence[Prompt]
@@ -54,6 +55,7 @@ class Evaluator:
     samples_per_prompt: int
     seed: int
     num_shown: int
+    distance: Callable[[str], float] | None = None
 
     def __call__(
         self, policy: Policy, accelerator: Accelerator, *, step: int, folder: Path | None
@@ -87,14 +89,16 @@ class Evaluator:
         ]
         rows = gather_object(rows) if accelerator.num_processes > 1 else rows
         summary = self._summary(rows, step)
+        summary["distance"] = None if self.distance is None else self.distance(self.weights)
         kept = [row for row in rows if row["image"] is not None]
         if folder is not None and accelerator.is_main_process:
             _write(folder, step, summary, kept)
         metrics = {f"eval/{n}/mean": v for n, v in summary["rewards"].items()}
         metrics |= {f"eval/skill/{tag}": value for tag, value in summary["skills"].items()}
         metrics |= {"eval/score": summary["score"]}
-        if summary["diversity"] is not None:
-            metrics["eval/diversity"] = summary["diversity"]
+        for name in ("diversity", "distance"):
+            if summary[name] is not None:
+                metrics[f"eval/{name}"] = summary[name]
         captions = [_caption(row) for row in kept]
         return Evaluation(metrics, torch.stack([row["image"] for row in kept]), captions)
 

@@ -44,6 +44,9 @@ KEYS = {
     "reward where prompts name skills (GenEval's overall score), else its mean over samples",
     "eval/skill/<tag>": "mean of the first reward over the held-out prompts of one skill",
     "eval/diversity": "mean pairwise distance of the held-out samples of one prompt, 0 = all alike",
+    "eval/distance": "distance of the evaluated weights from the base model: root mean square of "
+    "the difference in velocity on noised samples of the base (tokens: in log-probs of its "
+    "sequences); logged where monitor.reward is set",
     "perf/step_time_s": "wall time of the training step, all phases, seconds",
     "perf/rollout_s": "wall time of sampling, without decoding, seconds",
     "perf/decode_s": "wall time of turning latents or tokens into images, seconds",
@@ -55,7 +58,8 @@ KEYS = {
     "two",
     "perf/frozen_rows_per_image": "network evaluations without gradient in training per image: of "
     "old, of the reference, to recompute log-probs; guidance counts as two",
-    "perf/network_evals": "network evaluations of rollout and training since the run's beginning",
+    "perf/network_evals": "network evaluations of rollout and training since the run's beginning; "
+    "those of held-out evaluations, eval/distance among them, are not counted",
     "perf/max_memory_gb": "peak memory so far: of the accelerator, or of the process without one",
     "samples/train": "images of the rollout with prompts and rewards",
     "samples/eval": "images of the held-out evaluation, the same prompts and seeds every time",

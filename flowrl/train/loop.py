@@ -27,10 +27,11 @@ from flowrl.methods.spec import Method, StepPlan
 from flowrl.protocols import Policy
 from flowrl.train import statefiles
 from flowrl.train.card import write_card
-from flowrl.train.checkpoint import Checkpoints, check_same_run
+from flowrl.train.checkpoint import Checkpoints, Together, check_same_run
 from flowrl.train.evaluate import Evaluator
+from flowrl.train.monitor import BEST, Monitor, read_note, write_note
 from flowrl.train.progress import Progress
-from flowrl.train.runfiles import write_json
+from flowrl.train.runfiles import replaced, write_json
 from flowrl.train.scoring import RewardSet
 from flowrl.train.step import Learner, StepResult, total
 from flowrl.train.track import METRICS, Tracker
@@ -92,6 +93,7 @@ class Trainer:
         policy, method, rewards, sampler, evaluator, learner: the parts.
         ratio_tolerance: how far from 1 a ratio may be on the first pass; None = the method has no
             ratio of log-probs.
+        guidance_rows: network rows per state, 2 with classifier-free guidance.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class Trainer:
         evaluator: Evaluator,
         learner: Learner,
         ratio_tolerance: float | None,
+        guidance_rows: int,
     ) -> None:
         self.config = config
         self.run_folder = run
@@ -118,6 +121,8 @@ class Trainer:
         self.evaluator = evaluator
         self.learner = learner
         self.ratio_tolerance = ratio_tolerance
+        self.guidance_rows = guidance_rows
+        self.monitor = None if config.monitor.reward is None else Monitor(config)
         self.checkpoints = Checkpoints(run / "checkpoints", keep=config.checkpoint.keep)
         self.train_seconds = 0.0
         self.network_evals = 0
@@ -172,6 +177,8 @@ class Trainer:
         self._preflight()
         if is_new:
             self._evaluate()
+        else:
+            self._restore_best()
         reason = "finished"
         while self._step < settings.run.steps:
             self._train_step()
@@ -189,17 +196,20 @@ class Trainer:
         self._save()
         if reason != "interrupted":
             self._evaluate()
-            self._export()
+            self._export("final")
         limits = ", ".join(self._limits_reached())
         why = {"stopped": limits or "another process's limit", "interrupted": "a signal"}
         self._status("finished" if reason == "finished" else "stopped", why.get(reason, ""))
         return reason
 
     def _limits_reached(self) -> list[str]:
-        """Which of the run's limits have been reached here, as `key=value`."""
+        """Which of the limits have been reached here, as `key=value`."""
         limits = (("max_minutes", self.train_seconds / 60), ("max_evaluations", self.network_evals))
         given = ((name, getattr(self.config.run, name), spent) for name, spent in limits)
-        return [f"run.{n}={limit}" for n, limit, x in given if limit is not None and x >= limit]
+        reached = [f"run.{n}={limit}" for n, limit, x in given if limit is not None and x >= limit]
+        if self.monitor is not None and (limit := self.monitor.limit()):
+            reached.append(limit)
+        return reached
 
     # ------------------------------------------------------------------------------- a step
 
@@ -275,7 +285,7 @@ class Trainer:
             [float(n) for n in (rollout.network_evals, result.num_rows, result.num_frozen_rows)],
         )
         num_samples = self.sampler.num_groups * self.sampler.group_size
-        per_row = 1 if self.config.model.guidance_scale == 1 else 2  # as the rollout counts them
+        per_row = self.guidance_rows
         counts = {
             "train/num_decisions": float(result.num_decisions),
             "train/lr": float(self.learner.optimizer.param_groups[0]["lr"]),
@@ -329,6 +339,27 @@ class Trainer:
         self.tracker.log(self._step, result.metrics)
         self.tracker.log_images(self._step, "samples/eval", result.images, result.captions)
         self.progress.evaluated(self._step, result.metrics)
+        if self.monitor is not None and self.monitor.observe(self._step, result.metrics):
+            self._last_saved = None  # a checkpoint of this step may not know the best
+            self._save()
+            self._export(BEST)
+
+    def _restore_best(self) -> None:
+        """After a resume: `best/` holds the best that the checkpoint knows, or it begins anew."""
+        monitor = self.monitor
+        if monitor is None or not monitor.step:
+            return
+        is_main = self.accelerator.is_main_process
+        if self._any(is_main and read_note(self.run_folder).get("step") == monitor.step):
+            return
+        if monitor.step == self._step:  # killed between the checkpoint and the folder
+            self._export(BEST)
+            return
+        self.progress.message(
+            f"{BEST}/ does not hold the weights of step {monitor.step}, where {monitor.reward} was "
+            "best; the best is sought from here on"
+        )
+        monitor.forget()
 
     def _save(self) -> None:
         if self._last_saved == self._step:
@@ -339,6 +370,7 @@ class Trainer:
             "train_seconds": self.train_seconds,
             "network_evals": self.network_evals,
             "evaluated": self._evaluated,
+            "monitor": None if self.monitor is None else self.monitor.state_dict(),
             "config": to_dict(self.config),
         }
         self.checkpoints.save(self.accelerator, self._step, extra, self.policy.weights)
@@ -355,15 +387,21 @@ class Trainer:
         self.train_seconds = extra["train_seconds"]
         self.network_evals = extra.get("network_evals", 0)  # older checkpoints did not count
         self._evaluated = extra["evaluated"]
+        if self.monitor is not None:
+            self.monitor.load_state_dict(extra.get("monitor"))
         return self._step
 
-    def _export(self) -> None:
+    def _export(self, name: str) -> None:
         """The artefact that diffusers loads, the weights that were evaluated, with its card."""
-        if self.accelerator.is_main_process:
-            with self.policy.weights.use(self.evaluator.weights):
-                self.policy.save(self.run_folder / "final")
-            write_card(self.run_folder, self.config, self.method, step=self._step)
-        self.accelerator.wait_for_everyone()
+        run = self.run_folder
+        with Together(self.accelerator, run / name):
+            if self.accelerator.is_main_process:
+                with replaced(run / name) as folder:
+                    with self.policy.weights.use(self.evaluator.weights):
+                        self.policy.save(folder)
+                    write_card(run, self.config, self.method, step=self._step, folder=folder)
+                    if name == BEST and self.monitor is not None:
+                        write_note(folder, self.monitor, run)
 
     def _status(self, state: str, reason: str) -> None:
         if self.accelerator.is_main_process:

@@ -50,6 +50,7 @@ class Series:
         band: half-widths around y, or None.
         is_strong: drawn thick; the others are thin and half transparent.
         is_stepped: the value holds until the next point.
+        text: written beside the last point, which is then drawn larger.
     """
 
     label: str
@@ -58,6 +59,7 @@ class Series:
     band: Sequence[float] | None = None
     is_strong: bool = True
     is_stepped: bool = False
+    text: str = ""
 
 
 def line_svg(
@@ -125,6 +127,9 @@ def _draw_all(
     xs = {x for each in series for x, _ in each.points}
     if len(xs) == 1:
         axes.set_xlim(min(xs) - 1, max(xs) + 1)
+    for each in series:
+        if each.text:
+            _write(axes, each, colors)
     _style(axes, log, x_label=x_label, is_integer=all(x == int(x) for x in xs))
 
 
@@ -213,6 +218,21 @@ def _draw(axes: Axes, series: Series, log: bool, colors: Colors) -> None:
         if len(x) == 1:
             axes.vlines(x, low, high, color=color, alpha=0.3, linewidth=6)
         axes.fill_between(x, low, high, color=color, alpha=0.14, linewidth=0)
+
+
+def _write(axes: Axes, series: Series, colors: Colors) -> None:
+    """The text beside the last point, towards the middle of the axes, and the point."""
+    x, y = series.points[-1]
+    is_right = x > sum(axes.get_xlim()) / 2
+    axes.plot([x], [y], marker="o", markersize=6.5, color=colors[f"s{series.color}"])
+    axes.annotate(
+        series.text,
+        (x, y),
+        xytext=(-7 if is_right else 7, 6),
+        textcoords="offset points",
+        ha="right" if is_right else "left",
+        color=colors["ink"],
+    )
 
 
 def _style(

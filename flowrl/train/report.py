@@ -19,7 +19,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from flowrl import __version__
-from flowrl.train import curves, gallery
+from flowrl.train import curves, gallery, overoptimisation
 from flowrl.train.keys import KEYS, match_key
 from flowrl.train.runfiles import JSON, RunFiles, read_run
 
@@ -46,6 +46,7 @@ def make_report(run: Path) -> Path:
         run / REPORT,
         header=header(files),
         result=result(files),
+        proxy=overoptimisation.section(files),
         samples=gallery.samples(files),
         method=method_rows(files),
         method_name=files.method.get("name", ""),

@@ -10,7 +10,9 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,27 @@ def write_json(path: Path, value: Any) -> None:
     partial = path.with_name(f".{path.name}.tmp")
     partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
     os.replace(partial, path)
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill, which takes the place of `folder` when the `with` ends well.
+
+    A process killed in between leaves the old folder, or between the two renames none; never half.
+    """
+    new, old = (folder.with_name(f".{folder.name}.{kind}.tmp") for kind in ("new", "old"))
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_run(folder: Path) -> RunFiles:

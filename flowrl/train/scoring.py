@@ -57,9 +57,9 @@ class RewardSet:
         self._batch_size = batch_size
 
     @property
-    def has_group_scope(self) -> bool:
-        """True = some reward compares the samples of a group, which must lie on one rank."""
-        return any(reward.scope == "group" for reward in self._rewards.values())
+    def group_scope(self) -> tuple[str, ...]:
+        """The rewards that compare the samples of a group, which must lie on one rank."""
+        return tuple(name for name, reward in self._rewards.items() if reward.scope == "group")
 
     def score(self, images: Tensor, batch: PromptBatch) -> Scores:
         """Every reward of every sample; float32 on the CPU, detached.

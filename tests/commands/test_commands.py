@@ -5,6 +5,7 @@ options that are not passed on; an error that names neither file nor key; a trac
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -275,6 +276,23 @@ def test_check_says_what_would_run_and_writes_nothing(config: Path) -> None:
     assert set(config.parent.iterdir()) == before
 
 
+def test_check_says_what_is_trained_on_what_is_watched_and_which_one_guards(config: Path) -> None:
+    rewards = "rewards=[{name: jpeg_compressibility}, {name: shapes_strict, weight: 0}]"
+    printed = done(
+        "check", config, rewards, "eval.rewards=[{name: brightness}]", "eval.every=1",
+        "monitor={reward: brightness, early_stop: 3}",
+    )  # fmt: skip
+    text = " ".join(re.sub(r"[^\x20-\x7e]", " ", printed).split())
+    assert "jpeg_compressibility trained on, weight 1, on rollouts and held-out prompts" in text
+    assert "shapes_strict monitor, on rollouts and held-out prompts; images" in text
+    assert "brightness monitor, on held-out prompts, guards the run: its best weights" in text
+    assert "3 evaluations without a new best end the run" in text
+    # 3 prompts, 10 samples each, at 4 levels; before that 4 steps to each, and the base's too
+    assert "120 network evaluations per held-out evaluation, 360 in the first one" in text
+    plain = done("check", config)
+    assert "guards the run" not in plain and "distance from base" not in plain
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -295,6 +313,14 @@ def test_check_says_what_would_run_and_writes_nothing(config: Path) -> None:
         ("data.train=shapes/trian", ["data.train=shapes/trian", "did you mean 'shapes/train'?"]),
         ("data.train=prompts.jsonl", ["data.train: prompts.jsonl: no such file"]),
         ("data.train=prompts.csv", ["must be a .jsonl file"]),
+        ("monitor.reward=brightnes", ["monitor.reward=brightnes is not measured",
+                                      "did you mean 'brightness'?", "add it to eval.rewards"]),
+        ("monitor={reward: brightness, proxy: nope}", ["monitor.proxy=nope is not measured"]),
+        ("monitor.reward=brightness & eval.rewards=[{name: brightness}] & "
+         "rewards=[{name: win_rate, args: {judge: brightness}}]",
+         ["win_rate compares the samples of a group", "name it in monitor.proxy"]),
+        ("monitor.reward=win_rate & rewards=[{name: win_rate, args: {judge: brightness}}]",
+         ["monitor.reward=win_rate is not measured", "add it to eval.rewards"]),
         ("method.name=grpo & method.args={}", ["grpo trains token policies",
                                                "sd3 is a flow model"]),
     ],

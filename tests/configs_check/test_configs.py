@@ -93,6 +93,10 @@ def test_the_shapes_configs_differ_from_the_quick_start_in_name_and_method_only(
             weights = {reward.name: reward.weight for reward in config.rewards}
             assert weights.pop("win_rate") == 1 and set(weights.values()) == {0}
             config = config.model_copy(update={"rewards": quickstart.rewards})
+        if config.monitor.reward is not None:  # it watches, and changes nothing
+            watched = config.eval.model_copy(update={"rewards": quickstart.eval.rewards})
+            assert config.eval.rewards[0] == quickstart.eval.rewards[0]  # the score is the same
+            config = config.model_copy(update={"eval": watched, "monitor": quickstart.monitor})
         same = config.model_copy(
             update={
                 "method": quickstart.method,

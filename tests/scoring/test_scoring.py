@@ -109,7 +109,7 @@ def test_a_group_reward_sees_each_group_whole_whatever_the_chunks() -> None:
     scores = rewards.score(IMAGES, batch(group_id=[7, 3, 7, 3, 7]))
     # Groups {0, .5, 1} with mean .5 and {.25, .75} with mean .5.
     torch.testing.assert_close(scores.rewards["spread"], torch.tensor([0.5, 0.25, 0.0, 0.25, 0.5]))
-    assert len(spread.calls) == 2 and rewards.has_group_scope
+    assert len(spread.calls) == 2 and rewards.group_scope == rewards.names
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

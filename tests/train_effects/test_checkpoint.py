@@ -403,7 +403,7 @@ def changed(key, value, base=CONFIG):
     [
         ("run.steps", 20), ("run.name", "b"), ("run.resume", "latest"),
         ("compute.micro_batch_size", 4), ("eval.every", 0), ("eval.seed", 3),
-        ("model.gradient_checkpointing", True),
+        ("model.gradient_checkpointing", True), ("monitor", {"reward": "x"}),
     ],
 )  # fmt: skip
 def test_what_does_not_change_the_result_may_differ(key, value):

@@ -16,6 +16,7 @@ from PIL import Image
 
 from flowrl.commands import report as command
 from flowrl.errors import ConfigError
+from flowrl.train import overoptimisation
 from flowrl.train.plots import Series, line_svg, smoothed, stack_svg
 from flowrl.train.report import duration, make_report, number
 from flowrl.train.runfiles import read_run
@@ -99,7 +100,98 @@ def test_the_pictures_are_the_files(run):
     assert page.count("✓ pass") == 4 and page.count("✗ fail") == 12
 
 
+def watch(run, gold, trained=(0.4, 0.6, 0.8), distance=(0.0, 0.1, 0.3), **monitor):
+    """Gives evaluations (steps 0, 3, 6) a second reward, and the run a guard if one is given."""
+    for index, step in enumerate((0, 3, 6)):
+        edit(
+            run / "eval" / f"step_00000{step}.json",
+            rewards={"shapes_strict": trained[index], "gold": gold[index]},
+            distance=distance[index],
+        )
+    config = run / "config.yaml"
+    lines = "".join(f"  {key}: {value}\n" for key, value in monitor.items())
+    kept = config.read_text().partition("monitor:")[0]
+    config.write_text(kept + ("monitor:\n" + lines if lines else ""))
+    if monitor:
+        (run / "best").mkdir(exist_ok=True)
+        (run / "best" / "best.json").write_text(json.dumps({"reward": "gold", "step": 3}))
+
+
+@pytest.mark.parametrize(
+    ("gold", "sentence"),
+    [
+        ((0.5, 0.71, 0.66), "gold peaked at step 3 (0.710) and is 0.660 at the end, step 6; "
+         "the weights of step 3 are in best/."),
+        ((0.5, 0.6, 0.7), "gold was still rising: its best is that of the last evaluation, 0.700 "
+         "at step 6."),
+        ((0.5, 0.4, 0.45), "gold was never above the base model's 0.500 and is 0.450 at the end"),
+        ((0.5, 0.5, 0.5), "gold was never above the base model's 0.500 and is 0.500 at the end"),
+        ((-2.0, -1.5, None), "gold peaked at step 3 (−1.500) and is no number at the end, step 6; "
+         "the weights of step 3 are in best/."),
+        ((None, None, None), "gold was never a finite number on the held-out prompts."),
+    ],
+)  # fmt: skip
+def test_the_page_says_where_the_monitor_peaked(run, gold, sentence):
+    watch(run, gold, reward="gold", early_stop=2)
+    text = words(page_of(run))
+    assert "The monitor: gold" in text and sentence in text
+    assert text.count("best/.") == ("best/" in sentence)  # of another step, they are not shown
+
+
+def test_the_monitor_is_set_against_what_is_trained_on_and_the_distance(run):
+    watch(run, (0.5, 0.71, 0.66), reward="gold")
+    page = page_of(run)
+    text = words(page)
+    assert "gold against shapes_strict" in text and "shapes_strict is trained on" in text
+    assert "gold and shapes_strict by distance from the base" in text
+    plane, by_distance = (
+        re.search(rf'aria-label="{label}.*?</svg>', page, re.DOTALL)[0]
+        for label in ("gold against", "gold and shapes_strict by")
+    )
+    assert "step 3, best" in plane and "step 6" in plane and "held-out mean" in plane
+    assert "step 3, best" in by_distance and "0.3" in by_distance
+
+
+def test_the_path_goes_through_the_evaluations_in_the_order_of_steps(run):
+    watch(run, (0.5, 0.71, 0.66), trained=(0.4, 0.9, 0.8), reward="gold")
+    files = read_run(run)
+    best = overoptimisation.best_evaluation(files, "gold")
+    assert best["step"] == 3
+    points = [
+        (each["rewards"]["shapes_strict"], each["rewards"]["gold"], each) for each in files.evals
+    ]
+    line, peak, end = overoptimisation._path(points, best, "", 1)
+    assert line.points == [(0.4, 0.5), (0.9, 0.71), (0.8, 0.66)]
+    assert (peak.points, peak.text) == ([(0.9, 0.71)], "step 3, best")
+    assert (end.points, end.text) == ([(0.8, 0.66)], "step 6")
+
+
+def test_curves_of_other_scales_have_axes_of_their_own(run):
+    watch(run, (18.0, 21.0, 20.0), reward="gold")
+    text = words(page_of(run))
+    assert "gold by distance from the base" in text
+    assert "shapes_strict by distance from the base" in text
+    assert "gold and shapes_strict by distance" not in text
+
+
+def test_a_named_proxy_stands_for_what_is_trained_on(run):
+    watch(run, (0.5, 0.71, 0.66), reward="gold", proxy="shapes_strict")
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("name: shapes_strict", "name: win_rate", 1))
+    assert "shapes_strict stands for what is trained on" in words(page_of(run))
+
+
+def test_without_a_guard_any_reward_that_is_not_trained_on_is_shown(run):
+    assert overoptimisation.section(read_run(run)) is None
+    watch(run, (0.5, 0.71, 0.66), distance=(None, None, None))
+    text = words(page_of(run))
+    assert "A reward that is not trained on: gold" in text
+    assert "gold peaked at step 3 (0.710) and is 0.660 at the end, step 6." in text
+    assert "The distance is measured where monitor.reward is set." in text
+
+
 def test_curves_are_well_formed_and_share_no_ids(run):
+    watch(run, (0.5, 0.71, 0.66), reward="gold")
     page = page_of(run)
     pictures = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
     assert len(pictures) >= 8
@@ -112,6 +204,7 @@ def test_curves_are_well_formed_and_share_no_ids(run):
 
 
 def test_colours_follow_the_theme(run):
+    watch(run, (0.5, 0.71, 0.66), reward="gold")
     page = page_of(run)
     assert "prefers-color-scheme: dark" in page and "@media print" in page
     for picture in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):

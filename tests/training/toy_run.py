@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flowrl import build
 from flowrl.commands.train import prepare_folder
 from flowrl.config import Config, load_config
@@ -18,10 +20,12 @@ from flowrl.policies.neighbors import NeighborPolicy
 from flowrl.policies.token import TokenPolicy
 from flowrl.policies.weights import FullWeights
 from flowrl.toys import (
+    TARGETS,
     SymbolReward,
     TargetReward,
     ToyFlowPipeline,
     ToyTokenPipeline,
+    dot_position,
     flow_prompts,
     token_prompts,
 )
@@ -69,6 +73,14 @@ checkpoint: {every: 1, keep: 2}
 """
 
 
+class Halfway(TargetReward):
+    """A gold to the target's proxy: minus how far a dot is from half its way, so it peaks."""
+
+    def score(self, *, images, prompts):
+        halves = torch.tensor([TARGETS[text] for text in prompts]) / 2
+        return -(dot_position(images) - halves).norm(dim=1)
+
+
 def write_config(folder: Path, text: str) -> Path:
     """A config file in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +97,7 @@ def toy_parts(config: Config) -> build.Parts:
     pipeline: Any = ToyFlowPipeline(width=32) if is_flow else ToyTokenPipeline(width=24)
     weights = FullWeights(
         pipeline.network,
-        with_reference="reference" in method.objective.needs.sets,
+        with_reference=build.needs_reference(config, method),
         ema_decay=config.optim.ema_decay,
         with_old=method.old_decay is not None,
     )
@@ -108,6 +120,8 @@ def toy_parts(config: Config) -> build.Parts:
         [("target", TargetReward(), 1.0) if is_flow else ("symbol", SymbolReward(), 1.0)]
     )
     trained = measured
+    if config.monitor.reward == "halfway":
+        measured = RewardSet([("target", TargetReward(), 1.0), ("halfway", Halfway(), 0.0)])
     if config.rewards[0].name == "win_rate":
         trained = RewardSet([("win_rate", WinRate(judge=PointwiseJudge(TargetReward())), 1.0)])
     sampler = build.build_sampler(config, prompts, accelerator)
