@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "flowrl.configdoc": ("flowrl.config", "flowrl.strict"),
     # A page's costs are counted as `flowrl check` counts them.
     "flowrl.methodsdoc": ("flowrl.methods", "flowrl.commands.check", "flowrl.strict"),
+    "flowrl.precision": (),
     "flowrl.methods": ("flowrl.functional", *RECORDS, *CONFIG),
     # A policy runs the plan of a method's spec, and draws its noise where all seeds are derived.
     "flowrl.policies": (

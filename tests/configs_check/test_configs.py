@@ -40,7 +40,13 @@ from tests.artefacts.flux_folder import dev_transformer, dev_vae, write_flux
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 ON_SHAPES = tuple(name for name, make in METHODS.items() if make().policy != "token")
-TREES = {"branch_grpo": 144, "tempflow_grpo": 140}  # whose groups have a size of their own
+TREES = {  # whose groups have a size of their own
+    "branch_grpo": 144,
+    "tempflow_grpo": 140,
+    "g2rpo": 144,
+    "dense_grpo": 144,
+    "neighbor_grpo": 144,
+}
 LARGE = [path.stem for path in CONFIGS if path.stem.startswith(("sd35m_", "flux_"))]
 PUBLISHED_RANKS = (1, 8)
 
