@@ -23,7 +23,7 @@ def run(config: Path, overrides: Sequence[str]) -> None:
     loaded = load_config(config, overrides)  # before torch is loaded: a typo answers at once
     from flowrl.build import build_parts, build_trainer, run_folder
     from flowrl.commands.check import print_parts
-    from flowrl.train.loop import find_checkpoint
+    from flowrl.train.loop import end_training, find_checkpoint
 
     folder = run_folder(loaded)
     find_checkpoint(loaded, folder)  # refuses before anything of an older run is touched
@@ -38,7 +38,7 @@ def run(config: Path, overrides: Sequence[str]) -> None:
     finally:
         if parts.accelerator.is_main_process:
             _report(folder)
-    parts.accelerator.end_training()
+    end_training(parts.accelerator)
     if outcome == "interrupted":
         command = f"flowrl train {config} {' '.join(overrides)}".rstrip()
         print(f"saved; go on with: {command} run.resume=latest", file=sys.stderr)

@@ -349,6 +349,7 @@ def main() -> None:
         batch=args.batch,
         start_from=args.start_from,
     )
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -482,6 +482,17 @@ def _stat(values: Tensor, statistic: Any) -> float:
     return float(statistic(values)) if len(values) else float("nan")
 
 
+def end_training(accelerator: Accelerator) -> None:
+    """Closes trackers and the process group, so that the process may exit.
+
+    The threads of gloo free the tensors of their last collective under Python's lock, and Python
+    aborts a process that exits while they wait for it (seen with torch 2.15, one exit in twenty).
+    """
+    accelerator.end_training()
+    if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
+        time.sleep(0.2)  # lets go of the lock
+
+
 def max_memory_gb(device: torch.device) -> float:
     """Peak memory so far, GB: of the accelerator, or of this process without one."""
     if device.type == "cuda":

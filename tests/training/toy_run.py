@@ -29,7 +29,7 @@ from flowrl.toys import (
     flow_prompts,
     token_prompts,
 )
-from flowrl.train.loop import Trainer
+from flowrl.train.loop import Trainer, end_training
 from flowrl.train.scoring import RewardSet
 from rewards.pairwise import PointwiseJudge, WinRate
 
@@ -146,4 +146,6 @@ def toy_trainer(path: Path, *overrides: str) -> Trainer:
 
 if __name__ == "__main__":
     trainer = toy_trainer(Path(sys.argv[1]), *sys.argv[2:])
-    sys.exit(130 if trainer.run() == "interrupted" else 0)
+    outcome = trainer.run()
+    end_training(trainer.accelerator)
+    sys.exit(130 if outcome == "interrupted" else 0)
