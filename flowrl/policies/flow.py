@@ -10,7 +10,7 @@ Reading order: trajectory.py, `FlowPolicy.rollout`, `FlowPolicy.evaluate`; both 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,13 +26,12 @@ from flowrl.functional.trees import first_of, sibling_noise
 from flowrl.methods.forward_plan import Solver
 from flowrl.methods.spec import StepPlan
 from flowrl.policies.conditioning import PromptTable
+from flowrl.policies.solved import Watch
 from flowrl.policies.trajectory import FlowTrajectory, Level
 from flowrl.protocols import FlowPipeline, Weights
 from flowrl.types import Evaluation, PromptBatch, Rollout, Tree
 
 Conditioning = tuple[dict[str, Tensor], dict[str, Tensor] | None]
-Watch = Callable[[Tensor, Tensor], None]
-"""Is shown the states before a step, in the storage dtype, and their velocities."""
 
 
 class FlowPolicy:

@@ -9,22 +9,20 @@ change one. Reading order: methods/forward_plan.py, `ForwardTrajectory`, `evalua
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowrl.data.noise import sample_noise, sample_uniform
 from flowrl.functional.flow import interpolate
 from flowrl.functional.matching import Matching
 from flowrl.functional.shapes import at_least_float32
 from flowrl.functional.sigma_draws import stratified
-from flowrl.methods.forward_plan import ForwardPlan, Solver
-from flowrl.protocols import FlowPipeline, Weights
+from flowrl.methods.forward_plan import ForwardPlan
+from flowrl.policies.solved import SolvedPolicy
 from flowrl.types import Decisions, PromptBatch, Rollout
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -143,48 +141,8 @@ def evaluate(trajectory: ForwardTrajectory, index: Tensor, velocity: Velocity) -
     return Matching(at_least_float32(found), x0, x1, sigma, unit)
 
 
-class LatentSampler(Protocol):
-    """What the forward policy asks of a flow policy: to solve, to look, and the rest of a Policy.
-
-    `solve` draws by a deterministic sampler with the weights in use, and returns the decoded
-    rollout, the clean latents [N, ...] in the storage dtype and the sampler's sigmas [T+1];
-    `velocity` is guided and goes through `training_network`.
-    """
-
-    pipeline: FlowPipeline
-    weights: Weights
-    training_network: nn.Module
-
-    def solve(
-        self, batch: PromptBatch, *, num_steps: int, solver: Solver
-    ) -> tuple[Rollout, Tensor, Tensor]: ...
-    def velocity(
-        self, batch: PromptBatch, x_t: Tensor, sigma: Tensor, sample: Tensor
-    ) -> Tensor: ...
-    def sample(self, batch: PromptBatch, *, num_steps: int, guidance_scale: float) -> Rollout: ...
-    def precompute(self, prompts: Sequence[str], folder: Path | None) -> None: ...
-    def save(self, folder: Path) -> None: ...
-
-
-class ForwardPolicy:
+class ForwardPolicy(SolvedPolicy):
     """A flow policy that is trained on its clean samples; `evaluate` returns a `Matching`."""
-
-    def __init__(self, sampler: LatentSampler) -> None:
-        self.sampler = sampler
-        self.pipeline = sampler.pipeline
-        self.weights = sampler.weights
-        self.sample = sampler.sample
-        self.precompute = sampler.precompute
-        self.save = sampler.save
-
-    @property
-    def training_network(self) -> nn.Module:
-        """What `evaluate` calls: the sampler's."""
-        return self.sampler.training_network
-
-    @training_network.setter
-    def training_network(self, network: nn.Module) -> None:
-        self.sampler.training_network = network
 
     @torch.no_grad()
     def rollout(self, batch: PromptBatch, plan: ForwardPlan) -> tuple[Rollout, ForwardTrajectory]:

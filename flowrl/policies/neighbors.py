@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowrl.data.noise import sample_noise, sample_uniform
 from flowrl.functional import sde
 from flowrl.functional.neighbors import neighbor_log_prob, neighbor_noise
 from flowrl.functional.shapes import at_least_float32
 from flowrl.methods.forward_plan import NeighborPlan
-from flowrl.policies.flow import FlowPolicy
+from flowrl.policies.solved import SolvedPolicy
 from flowrl.types import Decisions, Evaluation, PromptBatch, Rollout
 
 # Streams of the noise: own starts are 0, as everywhere.
@@ -113,25 +113,8 @@ class NeighborTrajectory:
         return torch.cat(parts)
 
 
-class NeighborPolicy:
+class NeighborPolicy(SolvedPolicy):
     """A flow policy that is drawn deterministically and trained on the distances of candidates."""
-
-    def __init__(self, sampler: FlowPolicy) -> None:
-        self.sampler = sampler
-        self.pipeline = sampler.pipeline
-        self.weights = sampler.weights
-        self.sample = sampler.sample
-        self.precompute = sampler.precompute
-        self.save = sampler.save
-
-    @property
-    def training_network(self) -> nn.Module:
-        """What `evaluate` calls: the sampler's."""
-        return self.sampler.training_network
-
-    @training_network.setter
-    def training_network(self, network: nn.Module) -> None:
-        self.sampler.training_network = network
 
     @torch.no_grad()
     def rollout(self, batch: PromptBatch, plan: NeighborPlan) -> tuple[Rollout, NeighborTrajectory]:

@@ -153,7 +153,8 @@ def test_the_remedy_of_a_refusal_works(
     except ConfigError as error:
         remedy = str(error).split("use ")[1].removeprefix("data.num_groups=")
         for number in remedy.removesuffix(" groups").split(" or "):
-            sampler(3, int(number), group_size, updates, world_size=world_size)
+            accepted = sampler(3, int(number), group_size, updates, world_size=world_size)
+            assert accepted.num_groups == int(number)
 
 
 def test_no_prompts_or_a_rank_out_of_range_are_refused() -> None:
