@@ -10,7 +10,6 @@ forwards with an empty prompt, is left out.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from pipelines import artefacts
 
 
-class Flux:
+class Flux(artefacts.DiffusersAdapter):
     """A guidance-distilled rectified-flow transformer with its VAE and text encoders.
 
     Source: FLUX.1-dev, github.com/black-forest-labs/flux, as in diffusers' `FluxPipeline`.
@@ -85,16 +84,12 @@ class Flux:
         Raises:
             RuntimeError: the encoders were released.
         """
-        artefacts.require_encoders(self.pipe)
+        self.require_encoders()
         with torch.no_grad():
             embeds, pooled, _ = self.pipe.encode_prompt(
                 list(prompts), None, max_sequence_length=self.max_sequence_length
             )
         return {"embeds": embeds.cpu(), "pooled": pooled.cpu()}
-
-    def release_encoders(self) -> None:
-        """Frees the text encoders' memory; `encode` fails afterwards."""
-        artefacts.release_encoders(self.pipe)
 
     def sigmas(self, num_steps: int) -> Tensor:
         """Float32 [num_steps + 1], descending from 1 to exactly 0, for images of this size."""
@@ -135,37 +130,6 @@ class Flux:
             return_dict=False,
         )[0]
         return self.pipe._unpack_latents(packed, height * factor, width * factor, factor)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1]."""
-        return artefacts.decode(self.pipe, latents)
-
-    def lora_targets(self) -> list[str]:
-        """Layers adapted by default: all attention projections of both kinds of blocks."""
-        return list(artefacts.LORA_TARGETS)
-
-    def save_lora(self, folder: Path) -> None:
-        """Writes pytorch_lora_weights.safetensors, for `load_lora_weights` of the same pipeline."""
-        artefacts.save_lora(self.pipe, folder)
-
-    def load_lora(self, source: Path) -> None:
-        """Puts a LoRA on the network, as `save_lora` writes it.
-
-        Args:
-            source: a safetensors file, or a folder with a pytorch_lora_weights.safetensors.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is a LoRA of another model, or of parts beside the transformer.
-        """
-        artefacts.load_lora(self.pipe, source, base=self.source)
-
-    def save_full(self, folder: Path) -> None:
-        """Writes `folder/pipeline`, complete, for `FluxPipeline.from_pretrained`.
-
-        The other parts are read again from the source, because the text encoders were released.
-        """
-        artefacts.save_full(self.pipe, self.source, self.revision, folder)
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
         factor = self.pipe.vae_scale_factor

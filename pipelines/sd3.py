@@ -7,7 +7,6 @@ adds no mathematics: `velocity` is one call of the transformer, `sigmas` is the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from pipelines import artefacts
 
 
-class StableDiffusion3:
+class StableDiffusion3(artefacts.DiffusersAdapter):
     """A text-to-image rectified-flow transformer (MMDiT) with its VAE and text encoders.
 
     Source: Stable Diffusion 3, arXiv:2403.03206.
@@ -77,7 +76,7 @@ class StableDiffusion3:
         Raises:
             RuntimeError: the encoders were released.
         """
-        artefacts.require_encoders(self.pipe)
+        self.require_encoders()
         with torch.no_grad():
             embeds, _, pooled, _ = self.pipe.encode_prompt(
                 list(prompts),
@@ -87,10 +86,6 @@ class StableDiffusion3:
                 max_sequence_length=self.max_sequence_length,
             )
         return {"embeds": embeds.cpu(), "pooled": pooled.cpu()}
-
-    def release_encoders(self) -> None:
-        """Frees the text encoders' memory; `encode` fails afterwards."""
-        artefacts.release_encoders(self.pipe)
 
     def sigmas(self, num_steps: int) -> Tensor:
         """Float32 [num_steps + 1], descending from 1 to exactly 0."""
@@ -113,37 +108,6 @@ class StableDiffusion3:
             pooled_projections=conditioning["pooled"].to(dtype),
             return_dict=False,
         )[0]
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1]."""
-        return artefacts.decode(self.pipe, latents)
-
-    def lora_targets(self) -> list[str]:
-        """Layers adapted by default: all attention projections, as in Flow-GRPO."""
-        return list(artefacts.LORA_TARGETS)
-
-    def save_lora(self, folder: Path) -> None:
-        """Writes pytorch_lora_weights.safetensors, for `load_lora_weights` of the same pipeline."""
-        artefacts.save_lora(self.pipe, folder)
-
-    def load_lora(self, source: Path) -> None:
-        """Puts a LoRA on the network, as `save_lora` writes it.
-
-        Args:
-            source: a safetensors file, or a folder with a pytorch_lora_weights.safetensors.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is a LoRA of another model, or of parts beside the transformer.
-        """
-        artefacts.load_lora(self.pipe, source, base=self.source)
-
-    def save_full(self, folder: Path) -> None:
-        """Writes `folder/pipeline`, complete, for `StableDiffusion3Pipeline.from_pretrained`.
-
-        The other parts are read again from the source, because the text encoders were released.
-        """
-        artefacts.save_full(self.pipe, self.source, self.revision, folder)
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
         factor = self.pipe.vae_scale_factor
