@@ -1,8 +1,13 @@
 """What `mixed_precision: auto` becomes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from flowrl.build import build_accelerator
+from flowrl.config import load_config
+from flowrl.errors import ConfigError
 from flowrl.precision import resolve_precision
 
 
@@ -32,3 +37,12 @@ def test_auto_is_no_with_a_torch_that_cannot_say(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert resolve_precision("auto") == "no"
+
+
+def test_fp16_is_refused_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    config = load_config(
+        Path(__file__).parents[1] / "configs/quickstart.yaml", ["compute.mixed_precision=fp16"]
+    )
+    with pytest.raises(ConfigError, match="fp16 needs a GPU, .*; use bf16, or auto"):
+        build_accelerator(config)

@@ -23,7 +23,7 @@ from flowrl.compare.spec import Comparison, Plan
 from flowrl.config import load_config, to_dict
 from flowrl.errors import ConfigError
 from flowrl.train.checkpoint import differences
-from flowrl.train.loop import Interrupt
+from flowrl.train.control import Interrupt
 from flowrl.train.report import duration, number
 from flowrl.train.runfiles import read_run
 from flowrl.train.track import METRICS

@@ -7,13 +7,8 @@ roll out -> score -> advantages -> update, for both kinds of policy. Reading ord
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -28,59 +23,15 @@ from flowrl.protocols import Policy
 from flowrl.train import statefiles
 from flowrl.train.card import write_card
 from flowrl.train.checkpoint import Checkpoints, Together, check_same_run
+from flowrl.train.control import Clock, Interrupt
 from flowrl.train.evaluate import Evaluator
 from flowrl.train.monitor import BEST, Monitor, read_note, write_note
 from flowrl.train.progress import Progress
 from flowrl.train.runfiles import replaced, write_json
-from flowrl.train.scoring import RewardSet
+from flowrl.train.scoring import RewardSet, reward_metrics
 from flowrl.train.step import Learner, StepResult, total
 from flowrl.train.track import METRICS, Tracker
 from flowrl.types import PromptBatch, Rollout, Scores, Tree
-
-
-@dataclass
-class Clock:
-    """Seconds per phase of one step; `lap` names what has passed since the last lap."""
-
-    start: float
-    last: float
-
-    @classmethod
-    def started(cls) -> Clock:
-        """A clock that starts now."""
-        now = time.perf_counter()
-        return cls(now, now)
-
-    def lap(self) -> float:
-        """Seconds since the last lap."""
-        now = time.perf_counter()
-        passed, self.last = now - self.last, now
-        return passed
-
-
-class Interrupt:
-    """Turns Ctrl-C and SIGTERM into a flag that the loop reads between steps.
-
-    A second signal raises KeyboardInterrupt at once; then the last checkpoint is what remains.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    @contextmanager
-    def listening(self) -> Iterator[Interrupt]:
-        """Inside the `with`, signals set the flag."""
-        previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
 
 
 class Trainer:
@@ -450,36 +401,6 @@ def find_checkpoint(config: Config, run: Path) -> Path | None:
 def first_samples(batch: PromptBatch, num: int) -> PromptBatch:
     """The first samples of a batch."""
     return batch.select(torch.arange(min(num, len(batch))))
-
-
-def reward_metrics(scores: Scores, advantages: Tensor, group_id: Tensor) -> dict[str, float]:
-    """What is logged about a step's rewards; statistics are over valid samples.
-
-    Of advantages [N, T], a group without any is counted, and the mean is over samples and steps.
-    """
-    metrics: dict[str, float] = {}
-    for name, values in scores.rewards.items():
-        finite = values[values.isfinite()]
-        metrics[f"reward/{name}/mean"] = _stat(finite, torch.mean)
-        metrics[f"reward/{name}/std"] = _stat(finite, lambda v: v.std(correction=0))
-    summed = torch.stack([scores.rewards[n] * w for n, w in scores.weights.items()]).sum(0)
-    summed = summed[scores.valid]
-    _, index = torch.unique(group_id, return_inverse=True)
-    strength = torch.zeros(int(index.max()) + 1).index_add(
-        0, index, advantages.abs().float().reshape(len(index), -1).sum(1)
-    )
-    metrics |= {
-        "train/reward_mean": _stat(summed, torch.mean),
-        "train/reward_std": _stat(summed, lambda v: v.std(correction=0)),
-        "train/zero_std_frac": float((strength == 0).float().mean()),
-        "train/invalid_frac": float((~scores.valid).float().mean()),
-        "train/advantage_abs_mean": _stat(advantages[scores.valid].abs(), torch.mean),
-    }
-    return metrics
-
-
-def _stat(values: Tensor, statistic: Any) -> float:
-    return float(statistic(values)) if len(values) else float("nan")
 
 
 def end_training(accelerator: Accelerator) -> None:

@@ -233,3 +233,33 @@ def _show_inputs(inputs: dict[str, Any]) -> str:
         f"{key} {tuple(value.shape) if isinstance(value, Tensor) else f'[{len(value)}]'}"
         for key, value in inputs.items()
     )
+
+
+def reward_metrics(scores: Scores, advantages: Tensor, group_id: Tensor) -> dict[str, float]:
+    """What is logged about a step's rewards; statistics are over valid samples.
+
+    Of advantages [N, T], a group without any is counted, and the mean is over samples and steps.
+    """
+    metrics: dict[str, float] = {}
+    for name, values in scores.rewards.items():
+        finite = values[values.isfinite()]
+        metrics[f"reward/{name}/mean"] = _stat(finite, torch.mean)
+        metrics[f"reward/{name}/std"] = _stat(finite, lambda v: v.std(correction=0))
+    summed = torch.stack([scores.rewards[n] * w for n, w in scores.weights.items()]).sum(0)
+    summed = summed[scores.valid]
+    _, index = torch.unique(group_id, return_inverse=True)
+    strength = torch.zeros(int(index.max()) + 1).index_add(
+        0, index, advantages.abs().float().reshape(len(index), -1).sum(1)
+    )
+    metrics |= {
+        "train/reward_mean": _stat(summed, torch.mean),
+        "train/reward_std": _stat(summed, lambda v: v.std(correction=0)),
+        "train/zero_std_frac": float((strength == 0).float().mean()),
+        "train/invalid_frac": float((~scores.valid).float().mean()),
+        "train/advantage_abs_mean": _stat(advantages[scores.valid].abs(), torch.mean),
+    }
+    return metrics
+
+
+def _stat(values: Tensor, statistic: Any) -> float:
+    return float(statistic(values)) if len(values) else float("nan")

@@ -12,6 +12,7 @@ from tests.training.toy_run import FLOW, TOKEN, toy_trainer, write_config
 METHODS = {
     "flow_grpo": (FLOW, []),
     "flow_grpo with KL": (FLOW, ["method.args.kl_coef=0.01"]),
+    "flow_grpo in bf16": (FLOW, ["compute.mixed_precision=bf16"]),
     "mix_grpo": (
         FLOW.replace("flow_grpo", "mix_grpo").replace("advantage_std: group", "window: 3"),
         ["method.args.interval=5"],
