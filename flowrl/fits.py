@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from flowrl.config import Config, RewardConfig
 from flowrl.data.sampler import GroupSampler
 from flowrl.errors import ConfigError, closest
@@ -49,10 +51,15 @@ def check_compute(method: Method, config: Config, where: str, guidance_rows: int
         guidance_rows: network rows per state, 2 with classifier-free guidance.
 
     Raises:
-        ConfigError: what is compared does not fit into a chunk, or a ratio is asked for of a method
-            that has none.
+        ConfigError: what is compared does not fit into a chunk, a ratio is asked for of a method
+            that has none, or fp16 without a GPU, which accelerate would drop without a word.
     """
     needs, compute = method.objective.needs, config.compute
+    if compute.mixed_precision == "fp16" and not torch.accelerator.is_available():
+        raise ConfigError(
+            f"{where}: compute.mixed_precision=fp16 needs a GPU, and there is none here; use bf16, "
+            "or auto"
+        )
     rows = needs.together * guidance_rows
     if needs.together > 1 and rows > compute.micro_batch_size:
         guided = "" if rows == needs.together else ", guided"

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowrl.build import build_accelerator
 from flowrl.config import load_config
 from flowrl.errors import ConfigError
+from flowrl.fits import check_compute
+from flowrl.methods import METHODS
 from flowrl.precision import resolve_precision
 
 
@@ -41,8 +42,7 @@ def test_auto_is_no_with_a_torch_that_cannot_say(monkeypatch: pytest.MonkeyPatch
 
 def test_fp16_is_refused_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    config = load_config(
-        Path(__file__).parents[1] / "configs/quickstart.yaml", ["compute.mixed_precision=fp16"]
-    )
-    with pytest.raises(ConfigError, match="fp16 needs a GPU, .*; use bf16, or auto"):
-        build_accelerator(config)
+    quickstart = Path(__file__).parents[1] / "configs/quickstart.yaml"
+    config = load_config(quickstart, ["compute.mixed_precision=fp16"])
+    with pytest.raises(ConfigError, match=r"^q: compute\.mixed_precision=fp16 needs a GPU"):
+        check_compute(METHODS[config.method.name](), config, "q", 1)
