@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import torch
 
-from flowrl.config import Config, RewardConfig
 from flowrl.data.sampler import GroupSampler
 from flowrl.errors import ConfigError, closest
 from flowrl.methods import Method
+from flowrl.schema import Config, RewardConfig
 
 
 def check_groups(method: Method, sampler: GroupSampler, where: str) -> None:

@@ -16,11 +16,11 @@ from typing import Any, Protocol
 import torch
 
 from flowrl.calls import check_call
-from flowrl.config import RewardConfig
 from flowrl.data.pairs import load_images
 from flowrl.data.prompts import load_prompts
 from flowrl.errors import ConfigError, closest
 from flowrl.protocols import FlowPipeline
+from flowrl.schema import RewardConfig
 from flowrl.train.scoring import RewardSet
 from flowrl.types import Prompt
 

@@ -17,15 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from flowrl.config import (
-    OptimConfig,
-    check_call,
-    dump_config,
-    load_config,
-    to_dict,
-)
+from flowrl.config import check_call, dump_config, load_config, to_dict
 from flowrl.configdoc import describe_fields
 from flowrl.errors import ConfigError, FlowrlError, closest
+from flowrl.schema import OptimConfig
 from flowrl.strict import escape, interpolate
 from flowrl.yamlio import read_yaml, write_yaml
 

@@ -20,7 +20,14 @@ ROOT = Path(__file__).resolve().parents[1]
 SIBLINGS = ("rewards", "pipelines", "tokenizers_vis")
 EVERYTHING = ("flowrl", *SIBLINGS)
 
-CONFIG = ("flowrl.config", "flowrl.configdoc", "flowrl.calls", "flowrl.strict", "flowrl.yamlio")
+CONFIG = (
+    "flowrl.config",
+    "flowrl.schema",
+    "flowrl.configdoc",
+    "flowrl.calls",
+    "flowrl.strict",
+    "flowrl.yamlio",
+)
 RECORDS = ("flowrl.types", "flowrl.protocols", "flowrl.errors")
 
 # What a module or package may import of ours besides itself. A name covers what lies below it, and
@@ -34,7 +41,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "flowrl.yamlio": ("flowrl.errors",),
     "flowrl.strict": ("flowrl.errors", "flowrl.yamlio"),
     "flowrl.calls": ("flowrl.errors", "flowrl.yamlio", "flowrl.strict"),
-    "flowrl.config": ("flowrl.errors", "flowrl.yamlio", "flowrl.strict", "flowrl.calls"),
+    "flowrl.schema": ("flowrl.strict",),
+    "flowrl.config": (
+        "flowrl.errors",
+        "flowrl.yamlio",
+        "flowrl.strict",
+        "flowrl.calls",
+        "flowrl.schema",
+    ),
     "flowrl.configdoc": ("flowrl.config", "flowrl.strict"),
     # A page's costs are counted as `flowrl check` counts them.
     "flowrl.methodsdoc": ("flowrl.methods", "flowrl.commands.check", "flowrl.strict"),

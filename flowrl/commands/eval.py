@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flowrl.commands.models import Model, find_model, make_folder, open_policy
-from flowrl.config import EvalConfig, RewardConfig
+from flowrl.schema import EvalConfig, RewardConfig
 from flowrl.sources import build_rewards, load_named_prompts
 from flowrl.train.evaluate import Evaluation, Evaluator
 

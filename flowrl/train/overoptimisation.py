@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-from flowrl.config import RewardConfig
+from flowrl.schema import RewardConfig
 from flowrl.train.curves import Panel, make_panel
 from flowrl.train.monitor import BEST, read_note
 from flowrl.train.plots import Point, Series
