@@ -28,6 +28,7 @@ _TABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "jpeg_compressibility": ("rewards.simple:JpegSize", {"compress": True}),
     "jpeg_incompressibility": ("rewards.simple:JpegSize", {"compress": False}),
     "pickscore": ("rewards.pickscore:PickScore", {}),
+    "clip_score": ("rewards.clip_score:ClipScore", {}),
 }
 NAMES = tuple(_TABLE)
 PLUGINS = "flowrl.rewards"  # the entry-point group in which other distributions register theirs
