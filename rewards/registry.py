@@ -29,6 +29,7 @@ _TABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "jpeg_incompressibility": ("rewards.simple:JpegSize", {"compress": False}),
     "pickscore": ("rewards.pickscore:PickScore", {}),
     "clip_score": ("rewards.clip_score:ClipScore", {}),
+    "hps_v2": ("rewards.hps_v2:HpsV2", {}),
 }
 NAMES = tuple(_TABLE)
 PLUGINS = "flowrl.rewards"  # the entry-point group in which other distributions register theirs
