@@ -30,6 +30,8 @@ _TABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "pickscore": ("rewards.pickscore:PickScore", {}),
     "clip_score": ("rewards.clip_score:ClipScore", {}),
     "hps_v2": ("rewards.hps_v2:HpsV2", {}),
+    "aesthetic": ("rewards.aesthetic:Aesthetic", {}),
+    "colourfulness": ("rewards.colourfulness:Colourfulness", {}),
 }
 NAMES = tuple(_TABLE)
 PLUGINS = "flowrl.rewards"  # the entry-point group in which other distributions register theirs
