@@ -45,7 +45,7 @@ class PickScore:
     card = Card(
         name="pickscore",
         model="yuvalkirstain/PickScore_v1, processor of laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        licence="none stated by its publisher",
+        licence="none stated on its model card",
         paper="Pick-a-Pic, arXiv:2305.01569, section 4",
         inputs=inputs,
         range=range,

@@ -31,6 +31,7 @@ _TABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "clip_score": ("rewards.clip_score:ClipScore", {}),
     "hps_v2": ("rewards.hps_v2:HpsV2", {}),
     "aesthetic": ("rewards.aesthetic:Aesthetic", {}),
+    "siglip": ("rewards.siglip:Siglip", {}),
     "colourfulness": ("rewards.colourfulness:Colourfulness", {}),
 }
 NAMES = tuple(_TABLE)
