@@ -32,6 +32,7 @@ _TABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "hps_v2": ("rewards.hps_v2:HpsV2", {}),
     "aesthetic": ("rewards.aesthetic:Aesthetic", {}),
     "siglip": ("rewards.siglip:Siglip", {}),
+    "image_reward": ("rewards.image_reward:ImageReward", {}),
     "colourfulness": ("rewards.colourfulness:Colourfulness", {}),
 }
 NAMES = tuple(_TABLE)
