@@ -33,6 +33,7 @@ _TABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "aesthetic": ("rewards.aesthetic:Aesthetic", {}),
     "siglip": ("rewards.siglip:Siglip", {}),
     "image_reward": ("rewards.image_reward:ImageReward", {}),
+    "diversity": ("rewards.diversity:Diversity", {}),
     "colourfulness": ("rewards.colourfulness:Colourfulness", {}),
 }
 NAMES = tuple(_TABLE)
