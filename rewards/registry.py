@@ -35,6 +35,7 @@ _TABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "image_reward": ("rewards.image_reward:ImageReward", {}),
     "diversity": ("rewards.diversity:Diversity", {}),
     "colourfulness": ("rewards.colourfulness:Colourfulness", {}),
+    "vqa_score": ("rewards.vqa_score:VqaScore", {}),
 }
 NAMES = tuple(_TABLE)
 PLUGINS = "flowrl.rewards"  # the entry-point group in which other distributions register theirs

@@ -1,0 +1,151 @@
+"""VQAScore: the probability that a vision-language model answers "Yes" when asked for the prompt.
+
+Paper: VQAScore, arXiv:2404.01291, eq. 1. Differs: the paper's best model, CLIP-FlanT5, is of a kind
+(encoder and decoder) that transformers has no class for. Here any image-text-to-text model of
+transformers with a chat template answers; scores of different models are not comparable. Reading
+order: `VqaScore.score`, `VqaScore._ask`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewards.backbones import Placement, pretrained_model, pretrained_processor, score_in_batches
+from rewards.base import Metadata
+from rewards.cards import Card
+from rewards.simple import pil_images
+
+QUESTION = 'Does this figure show "{text}"? Please answer yes or no.'
+
+
+class VqaScore:
+    """P(answer | image, question about the prompt), at the first token of the reply.
+
+    The question is a message of the user in the model's own chat template, after the image; the
+    probability is over the whole vocabulary, not only over yes and no. The image goes to the
+    processor as 8 bit RGB and is processed by its settings. Images of one prompt are asked together
+    and have equally many tokens, so nothing is padded and a score does not depend on its batch.
+
+    Args:
+        model: Hub id, or a folder in transformers' format, of an image-text-to-text model with its
+            processor and chat template.
+        question: with "{text}" where the prompt goes.
+        answer: one token of the model.
+        device: where the model runs; None = the current GPU, or the CPU without one.
+        dtype: "bfloat16" (usual for these models), "float32" or "float16"; scores are float32.
+        batch_size: images per forward; bounds the memory.
+
+    Raises:
+        ValueError: a question without "{text}", an unknown dtype, or a batch_size below 1.
+    """
+
+    inputs = ("images", "prompts")
+    scope = "sample"
+    range = (0.0, 1.0)
+    higher_is_better = True
+    card = Card(
+        name="vqa_score",
+        model="Qwen/Qwen2.5-VL-7B-Instruct (the paper's CLIP-FlanT5 cannot be loaded)",
+        licence="Apache-2.0",
+        paper="VQAScore, arXiv:2404.01291",
+        inputs=inputs,
+        range=range,
+        parameters=8_292_166_656,
+        preprocessing="8 bit RGB, then the model's own processor; question 'Does this figure show "
+        '"..."? Please answer yes or no.\' in its chat template',
+        verified="a random LLaVA of the published format against its own network with tokens and "
+        "pixels by hand; not run on published weights",
+    )
+
+    def __init__(
+        self,
+        *,
+        model: str = "Qwen/Qwen2.5-VL-7B-Instruct",
+        question: str = QUESTION,
+        answer: str = "Yes",
+        device: str | None = None,
+        dtype: str = "bfloat16",
+        batch_size: int = 8,
+    ) -> None:
+        if "{text}" not in question:
+            raise ValueError(f'question must hold "{{text}}" for the prompt, got {question!r}')
+        self.model, self.question, self.answer = model, question, answer
+        self._placement = Placement(device, dtype, batch_size)
+
+    def score(
+        self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] = ()
+    ) -> Tensor:
+        """Scores, float32 [B], of images float [B, 3, H, W] in [0, 1]; NaN for a broken image.
+
+        Raises:
+            ValueError: images of another shape or kind, not one prompt per image, an answer of
+                several tokens, or a model without chat template.
+            OSError: the weights are neither on this machine nor to be had.
+        """
+        if len(prompts) != len(images):
+            raise ValueError(f"got {len(images)} images and {len(prompts)} prompts; give one each")
+        scores = torch.full((len(images),), torch.nan, device=images.device)
+        for prompt in dict.fromkeys(prompts):
+            index = [i for i, each in enumerate(prompts) if each == prompt]
+            scores[index] = score_in_batches(
+                lambda chosen, prompt=prompt: self._ask(chosen, prompt),
+                images[index],
+                batch_size=self._placement.batch_size,
+            )
+        return scores
+
+    def _ask(self, images: Tensor, prompt: str) -> Tensor:
+        """P(answer), float32 [b], for images of one prompt."""
+        model, processor = self._loaded
+        # Not str.format: braces of the prompt, or of the question, are text.
+        question = {"type": "text", "text": self.question.replace("{text}", prompt)}
+        conversations = [
+            [{"role": "user", "content": [{"type": "image", "image": image}, question]}]
+            for image in pil_images(images)
+        ]
+        inputs = processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        ).to(model.device, model.dtype)
+        logits = model(**inputs, logits_to_keep=1).logits[:, -1].float()
+        probability: Tensor = logits.softmax(-1)[:, self._answer_id]
+        return probability
+
+    @cached_property
+    def _answer_id(self) -> int:
+        ids = self._loaded[1].tokenizer.encode(self.answer, add_special_tokens=False)
+        if len(ids) != 1:
+            raise ValueError(
+                f"the answer must be one token of {self.model}, but {self.answer!r} is {len(ids)}; "
+                "choose another word"
+            )
+        return int(ids[0])
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        """The frozen model and its processor."""
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        processor = pretrained_processor(AutoProcessor, self.model, reward="VqaScore")
+        if processor.chat_template is None:
+            raise ValueError(
+                f"VqaScore's model {self.model!r} has no chat template in its processor; expected "
+                "an instruction-tuned image-text-to-text model, such as Qwen/Qwen2.5-VL-7B-Instruct"
+            )
+        model = pretrained_model(
+            AutoModelForImageTextToText, self.model, self._placement, reward="VqaScore"
+        )
+        if model.config.get_text_config(decoder=True).is_encoder_decoder:
+            raise ValueError(
+                f"VqaScore's model {self.model!r} has an encoder and a decoder; expected a model "
+                "that continues its prompt, such as Qwen/Qwen2.5-VL-7B-Instruct"
+            )
+        return model, processor
