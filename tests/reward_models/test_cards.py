@@ -26,7 +26,7 @@ HEAD = 768 * 1024 + 1024 + 1024 * 128 + 128 + 128 * 64 + 64 + 64 * 16 + 16 + 16 
 
 def test_every_card_agrees_with_its_reward() -> None:
     found = cards()
-    assert set(found) == WITH_CARDS
+    assert set(found) >= WITH_CARDS
     for name, card in found.items():
         assert card.name == name
         module, _, attribute = registry._TABLE[name][0].partition(":")
