@@ -51,11 +51,14 @@ def apply_overrides(
     """`data` with dotted `key=value` texts laid over it.
 
     A value is YAML and replaces what was there, mappings and lists as a whole. An entry of a list
-    is `rewards.0.weight` or `rewards[0].weight`. Whether a key exists is for `validate` to say.
+    is `rewards.0.weight` or `rewards[0].weight`. A text that is a JSON object stands for many
+    overrides and is laid over `data` as another file would be: its mappings merge key by key. That
+    is what a sweep's agent writes for `${args_json}`. Whether a key exists is for `validate` to
+    say.
 
     Args:
         data: the files' content; not changed.
-        overrides: texts such as "optim.lr=1e-4".
+        overrides: texts such as "optim.lr=1e-4" or '{"optim.lr": 1e-4, "model": {"id": "a"}}'.
         where: names the file in errors.
 
     Returns:
@@ -68,26 +71,54 @@ def apply_overrides(
     merged: dict[str, Any] = yamlio.merge({}, data)
     sources: dict[Key, str] = {}
     for text in overrides:
-        source = f"{where}, override '{text}'"
-        name, equals, value = text.partition("=")
-        name = re.sub(r"\[(\d+)\]", r".\1", name.strip())
-        key = tuple(name.split("."))
-        if not equals or not all(key):
-            raise ConfigError(f"{source}: expected key=value, such as optim.lr=1e-4")
-        if not value.strip():
-            raise ConfigError(
-                f"{source}: {name} has no value; write {name}=null for none, {name}='\"\"' for an "
-                "empty text"
-            )
-        for earlier in sources:
-            if earlier[: len(key)] == key:
-                raise ConfigError(
-                    f"{source}: {'.'.join(earlier)} was already set by an earlier override, "
-                    "which would do nothing; keep one of them"
-                )
-        _assign(merged, key, yamlio.parse_yaml(value, source), source)
-        sources[key] = source
+        read = _read_json if text.lstrip().startswith("{") else _read_pair
+        for name, value, source in read(text, where):
+            key = tuple(re.sub(r"\[(\d+)\]", r".\1", name).split("."))
+            if not all(key):
+                raise ConfigError(f"{source}: expected key=value, such as optim.lr=1e-4")
+            for earlier in sources:
+                if earlier[: len(key)] == key:
+                    raise ConfigError(
+                        f"{source}: {'.'.join(earlier)} was already set by an earlier override, "
+                        "which would do nothing; keep one of them"
+                    )
+            _assign(merged, key, value, source)
+            sources[key] = source
     return merged, sources
+
+
+def _read_pair(text: str, where: str) -> list[tuple[str, Any, str]]:
+    """(dotted key, value, words for errors) of one "key=value"."""
+    source = f"{where}, override '{text}'"
+    name, equals, value = text.partition("=")
+    name = name.strip()
+    if not equals:
+        raise ConfigError(f"{source}: expected key=value, such as optim.lr=1e-4")
+    if not value.strip():
+        raise ConfigError(
+            f"{source}: {name} has no value; write {name}=null for none, {name}='\"\"' for an "
+            "empty text"
+        )
+    return [(name, yamlio.parse_yaml(value, source), source)]
+
+
+def _read_json(text: str, where: str) -> list[tuple[str, Any, str]]:
+    """(dotted key, value, words for errors) of every leaf of a JSON object."""
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"{where}, override '{text}': expected key=value or a JSON object ({error}); write it "
+            """as {"optim.lr": 1e-4}"""
+        ) from error
+    rows = []
+    for path in yamlio.leaves(data):
+        value = data
+        for part in path:
+            value = value[part]
+        name = ".".join(path)
+        rows.append((name, value, f"{where}, override '{name}={json.dumps(value)}'"))
+    return rows
 
 
 def _assign(data: dict[str, Any], key: Key, value: Any, source: str) -> None:

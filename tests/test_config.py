@@ -167,6 +167,24 @@ def test_an_override_replaces_a_mapping_as_a_whole(write: Write) -> None:
     assert load_config(path, ["method.args.b=3"]).method.args == {"a": 1, "b": 3}
 
 
+def test_a_json_object_is_laid_over_the_config_as_a_file_would_be(write: Write) -> None:
+    path = write(
+        MINIMAL.replace("{name: mix_grpo}", "{name: mix_grpo, args: {a: 1, b: 2}}").replace(
+            "lr: 3e-4", "{lr: 3e-4, ema_decay: 0.9}"
+        )
+    )
+    text = '{"optim": {"lr": 1e-05}, "method.args": {"b": null, "c": "no"}, "rewards.0.weight": 2}'
+    config = load_config(path, [text, "run.steps=3"])
+    assert (config.optim.lr, config.optim.ema_decay, config.run.steps) == (1e-5, 0.9, 3)
+    assert config.method.args == {"a": 1, "b": None, "c": "no"}
+    assert config.rewards[0].weight == 2.0
+    assert "optim.lr was already set" in refusal(path, text, "optim.lr=1")
+    message = refusal(path, '{"optim": {"lrr": 1}}')
+    assert "override 'optim.lrr=1'" in message and "did you mean 'lr'?" in message
+    assert "expected key=value or a JSON object" in refusal(path, "{'optim': 1}")
+    assert "expected key=value" in refusal(path, "{}")
+
+
 def test_a_base_is_merged_under_the_file_and_lists_are_replaced(write: Write) -> None:
     write(MINIMAL + "track: {trackers: [wandb], tags: [a, b]}\n", "base/all.yaml")
     write("base: base/all.yaml\noptim: {epochs: 2}\ntrack: {tags: [c]}\n", "middle.yaml")
