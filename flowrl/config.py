@@ -92,6 +92,7 @@ def _refuse_idle(config: Config, by_override: dict[Key, str]) -> None:
         ("track.entity", use_wandb, "track.trackers=[wandb]"),
         ("track.mode", use_wandb, "track.trackers=[wandb]"),
         ("track.tags", use_wandb, "track.trackers=[wandb]"),
+        ("track.group", use_wandb, "track.trackers=[wandb]"),
     )
     for key, source in by_override.items():
         name = ".".join(key)

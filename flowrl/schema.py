@@ -275,6 +275,11 @@ class TrackConfig(Record):
     entity: str | None = Field(default=None, min_length=1, description="W&B's team or user")
     mode: Literal["offline", "online"] = Field(default="offline", description="W&B's mode")
     tags: tuple[str, ...] = Field(default=(), description="W&B's tags")
+    group: str | None = Field(
+        default=None,
+        min_length=1,
+        description="W&B's group of runs, e.g. of one method over several seeds",
+    )
     image_every: int = Field(
         default=0, ge=0, description="training steps between two grids of rollouts, 0 = none"
     )

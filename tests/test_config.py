@@ -129,6 +129,7 @@ def test_defaults_are_those_of_the_schema(write: Write) -> None:
             "entity": None,
             "mode": "offline",
             "tags": [],
+            "group": None,
             "image_every": 0,
             "log_every": 1,
         },

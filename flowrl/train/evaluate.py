@@ -21,6 +21,7 @@ from flowrl.data.sampler import eval_batch
 from flowrl.protocols import Policy
 from flowrl.train.runfiles import write_json
 from flowrl.train.scoring import RewardSet
+from flowrl.train.wandb_run import Sample
 from flowrl.types import Prompt
 
 
@@ -31,6 +32,7 @@ class Evaluation:
     metrics: dict[str, float]
     images: Tensor
     captions: list[str]
+    samples: list[Sample]
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ class Evaluator:
             if summary[name] is not None:
                 metrics[f"eval/{name}"] = summary[name]
         captions = [_caption(row) for row in kept]
-        return Evaluation(metrics, torch.stack([row["image"] for row in kept]), captions)
+        samples = [Sample(r["prompt"], r["seed"], r["index"], r["rewards"]) for r in kept]
+        return Evaluation(metrics, torch.stack([row["image"] for row in kept]), captions, samples)
 
     def _shown(self, num_samples: int) -> set[int]:
         num = min(max(self.num_shown, 1), num_samples)

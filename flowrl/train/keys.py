@@ -62,7 +62,9 @@ KEYS = {
     "those of held-out evaluations, eval/distance among them, are not counted",
     "perf/max_memory_gb": "peak memory so far: of the accelerator, or of the process without one",
     "samples/train": "images of the rollout with prompts and rewards",
+    "samples/train_table": "the same with prompt, seed and rewards, a row per image; W&B only",
     "samples/eval": "images of the held-out evaluation, the same prompts and seeds every time",
+    "samples/eval_table": "the same with prompt, seed and rewards, a row per image; W&B only",
     "track/nonfinite": "values of this row that were NaN or infinite and are stored as null",
 }
 

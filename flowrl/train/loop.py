@@ -31,7 +31,10 @@ from flowrl.train.runfiles import replaced, write_json
 from flowrl.train.scoring import RewardSet, reward_metrics
 from flowrl.train.step import Learner, StepResult, total
 from flowrl.train.track import METRICS, Tracker
+from flowrl.train.wandb_run import batch_samples
 from flowrl.types import PromptBatch, Rollout, Scores, Tree
+
+_NUM_SHOWN = 16  # images of a rollout in a tracker's grid
 
 
 class Trainer:
@@ -101,6 +104,7 @@ class Trainer:
             entity=track.entity,
             mode=track.mode,
             tags=track.tags,
+            group=track.group,
             resumed_step=resumed,
         )
         quiet = not self.accelerator.is_main_process
@@ -200,8 +204,10 @@ class Trainer:
         if self._step % track.log_every == 0:
             self.tracker.log(self._step, metrics)
         if track.image_every and self._step % track.image_every == 0:
-            captions = [prompt.text for prompt in batch.prompts[:16]]
-            self.tracker.log_images(self._step, "samples/train", rollout.images[:16], captions)
+            samples = batch_samples(batch, scores.rewards, num=_NUM_SHOWN)
+            captions = [sample.prompt for sample in samples]
+            images = rollout.images[:_NUM_SHOWN]
+            self.tracker.log_images(self._step, "samples/train", images, captions, samples)
 
     def _advantages(
         self, scores: Scores, batch: PromptBatch, tree: Tree | None
@@ -288,7 +294,9 @@ class Trainer:
             self.policy, self.accelerator, step=self._step, folder=self.run_folder / "eval"
         )
         self.tracker.log(self._step, result.metrics)
-        self.tracker.log_images(self._step, "samples/eval", result.images, result.captions)
+        self.tracker.log_images(
+            self._step, "samples/eval", result.images, result.captions, result.samples
+        )
         self.progress.evaluated(self._step, result.metrics)
         if self.monitor is not None and self.monitor.observe(self._step, result.metrics):
             self._last_saved = None  # a checkpoint of this step may not know the best

@@ -11,7 +11,6 @@ import importlib.util
 import json
 import math
 import os
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,14 +20,15 @@ import torch
 from torch import Tensor
 
 from flowrl.errors import ConfigError, MissingDependency, ShapeError
+from flowrl.train import wandb_run
 from flowrl.train.keys import match_key
+from flowrl.train.wandb_run import Sample
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples"
-WANDB_ID = "wandb_id.txt"
 
 _INSTALL = {"wandb": "pip install wandb", "tensorboard": "pip install -e '.[tensorboard]'"}
 
@@ -48,12 +48,14 @@ class Tracker:
         entity: W&B's team or user; None = the account's default.
         mode: W&B's mode, "offline" or "online"; the variable WANDB_MODE goes before it.
         tags: W&B's tags.
+        group: W&B's group; None = the variable WANDB_RUN_GROUP, or none.
         resumed_step: the step of the checkpoint that the run goes on from; later rows are dropped.
             None = a new run.
 
     Raises:
         MissingDependency: the package of a tracker is not installed.
-        ConfigError: the folder already holds metrics, and the run is a new one.
+        ConfigError: the folder already holds metrics, and the run is a new one; or it continues
+            another W&B run than the variable WANDB_RUN_ID names.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Tracker:
         entity: str | None = None,
         mode: str = "offline",
         tags: Sequence[str] = (),
+        group: str | None = None,
         resumed_step: int | None = None,
     ) -> None:
         require_trackers(trackers)
@@ -81,8 +84,11 @@ class Tracker:
             mode = os.environ.get("WANDB_MODE", mode)
             wandb = {}
             if "wandb" in trackers and accelerator.is_main_process:
-                wandb = _wandb_arguments(run, name=name, entity=entity, mode=mode, tags=tags)
+                wandb = wandb_run.arguments(
+                    run, name=name, entity=entity, mode=mode, tags=tags, group=group
+                )
             board = {} if resumed_step is None else {"purge_step": resumed_step + 1}
+            config = {**config, "about": wandb_run.about(run)}
             self._start(project, config, {"wandb": wandb, "tensorboard": board})
 
     def _start(self, project: str, config: Mapping[str, Any], arguments: dict[str, Any]) -> None:
@@ -137,7 +143,14 @@ class Tracker:
             else:
                 tracker.log({"step": step, **finite})
 
-    def log_images(self, step: int, key: str, images: Tensor, captions: Sequence[str]) -> None:
+    def log_images(
+        self,
+        step: int,
+        key: str,
+        images: Tensor,
+        captions: Sequence[str],
+        samples: Sequence[Sample] = (),
+    ) -> None:
         """Write images as one grid, `samples/<key>_<step>.png`, and to the trackers.
 
         Args:
@@ -145,12 +158,14 @@ class Tracker:
             key: a documented key, e.g. "samples/train".
             images: [N, 3, H, W] in [0, 1]; values outside are clamped. Captions: [N].
             captions: [N] texts; only W&B shows them.
+            samples: [N], or none; W&B shows them as a table, `<key>_table`, beside the images.
         """
         match_key(key)
-        if images.ndim != 4 or images.shape[1] != 3 or len(images) != len(captions):
+        is_counted = len(images) == len(captions) and len(samples) in (0, len(images))
+        if images.ndim != 4 or images.shape[1] != 3 or not is_counted:
             raise ShapeError(
-                f"log_images takes images [N, 3, H, W] and N captions, got {tuple(images.shape)} "
-                f"and {len(captions)}"
+                f"log_images takes images [N, 3, H, W], N captions and N samples or none, got "
+                f"{tuple(images.shape)}, {len(captions)} and {len(samples)}"
             )
         if self._stream is None or not len(images):
             return
@@ -168,8 +183,10 @@ class Tracker:
                 import wandb
 
                 pairs = zip(pixels.numpy(), captions, strict=True)
-                shown = [wandb.Image(image, caption=caption) for image, caption in pairs]
-                tracker.log({"step": step, key: shown})
+                row = {key: [wandb.Image(image, caption=caption) for image, caption in pairs]}
+                if samples:
+                    row[f"{key}_table"] = wandb_run.table(step, pixels, samples)
+                tracker.log({"step": step, **row})
 
     def finish(self) -> None:
         """Close everything; safe to call twice."""
@@ -177,6 +194,9 @@ class Tracker:
             self._stream.close()
             self._stream = None
         for tracker in self._trackers():
+            if tracker.name == "wandb":
+                summary = wandb_run.summary(self.run, read_metrics(self.run / METRICS))
+                tracker.tracker.summary.update(summary)
             tracker.finish()
         self._is_tracked = False
 
@@ -243,26 +263,6 @@ def _open_metrics(file: Path, resumed_step: int | None) -> TextIO:
             os.fsync(stream.fileno())
         os.replace(partial, file)
     return file.open("a", encoding="utf-8", buffering=1)
-
-
-def _wandb_arguments(
-    run: Path, *, name: str, entity: str | None, mode: str, tags: Sequence[str]
-) -> dict[str, Any]:
-    """Arguments of `wandb.init`; the id is kept in the run's folder, so that a resume finds it."""
-    file = run / WANDB_ID
-    if not file.exists():
-        run.mkdir(parents=True, exist_ok=True)
-        file.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
-    return {
-        "dir": str(run),
-        "id": file.read_text(encoding="utf-8").strip(),
-        "resume": "allow" if mode == "online" else None,
-        "name": name or run.name,
-        "entity": entity,
-        "mode": mode,
-        "tags": list(tags),
-        "settings": {"console": "off"},  # it would come between the progress bar and the terminal
-    }
 
 
 def _grid(pixels: Tensor, gap: int = 2) -> Tensor:

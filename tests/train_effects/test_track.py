@@ -7,6 +7,7 @@ import json
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
 from flowrl.errors import ConfigError, MissingDependency, ShapeError
-from flowrl.train import keys
+from flowrl.train import keys, wandb_run
 from flowrl.train.keys import KEYS, match_key
 from flowrl.train.track import Tracker, read_metrics, require_trackers, to_pixels
+from flowrl.train.wandb_run import Sample
 
 CONFIG = {"run": {"name": "a", "seed": 3}, "rewards": [{"name": "x"}]}
 
@@ -172,9 +174,9 @@ def test_pixels_are_clamped_and_nan_is_black():
 
 
 def test_images_of_another_shape_are_refused(track):
-    with pytest.raises(ShapeError, match=r"got \(1, 1, 4, 4\) and 1"):
+    with pytest.raises(ShapeError, match=r"got \(1, 1, 4, 4\), 1 and 0"):
         track().log_images(1, "samples/eval", torch.zeros(1, 1, 4, 4), ["a"])
-    with pytest.raises(ShapeError, match=r"got \(1, 3, 4, 4\) and 2"):
+    with pytest.raises(ShapeError, match=r"got \(1, 3, 4, 4\), 2 and 0"):
         track().log_images(1, "samples/eval", torch.zeros(1, 3, 4, 4), ["a", "b"])
 
 
@@ -223,21 +225,64 @@ def wandb_records(file):
             yield record
 
 
-def test_wandb_offline_gets_config_tags_rows_and_one_id(track, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    tracker = track(["wandb"], name="n", tags=["t"], mode="offline")
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """W&B without an account, and without what this machine says about it."""
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # it reads its variables once in a process
+    for name in ("MODE", "RUN_ID", "SWEEP_ID", "RUN_GROUP", "SWEEP_PARAM_PATH"):
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    return monkeypatch
+
+
+def wandb_runs(tmp_path):
+    """(id, records) of each offline run, the oldest first."""
+    files = sorted((tmp_path / "run").rglob("run-*.wandb"))
+    return [(file.stem.removeprefix("run-"), complete_records(file)) for file in files]
+
+
+def complete_records(file):
+    """All records: W&B's service may write the last ones after `finish` has returned."""
+    message = pytest.importorskip("google.protobuf.message")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            found = list(wandb_records(file))
+        except (message.DecodeError, struct.error):
+            found = []
+        if any(record.HasField("exit") for record in found):
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"{file} has no end")
+
+
+def run_record(records):
+    return next(record.run for record in records if record.HasField("run"))
+
+
+def test_wandb_offline_gets_config_tags_rows_and_one_id(track, tmp_path, offline):
+    (tmp_path / "run").mkdir()
+    method = {"name": "x", "paper": "p", "rows": [["method", "x"], ["clip_range", "1e-4"]]}
+    (tmp_path / "run/method.json").write_text(json.dumps(method))
+    (tmp_path / "run/env.json").write_text('{"flowrl": "0.1", "commit": "abc+", "platform": "L"}')
+    tracker = track(["wandb"], name="n", tags=["t"], group="g", mode="offline")
     tracker.log(1, {"train/loss": 0.5, "train/kl": float("nan")})
     tracker.log_images(1, "samples/train", torch.rand(1, 3, 8, 8), ["a red circle"])
     tracker.finish()
     identity = (tmp_path / "run" / "wandb_id.txt").read_text().strip()
-    track(["wandb"], resumed_step=1, mode="offline").finish()
-    files = sorted((tmp_path / "run").rglob("run-*.wandb"))
-    assert len(files) == 2 and {file.stem for file in files} == {f"run-{identity}"}
-    found = list(wandb_records(files[0]))
-    run = next(record.run for record in found if record.HasField("run"))
+    track(["wandb"], resumed_step=1, mode="offline", group="g").finish()
+    runs = wandb_runs(tmp_path)
+    assert [name for name, _ in runs] == [identity, identity]
+    assert {run_record(records).run_group for _, records in runs} == {"g"}
+    found = runs[0][1]
+    run = run_record(found)
     assert (run.display_name, list(run.tags), run.project) == ("n", ["t"], "flowrl")
-    assert {update.key for update in run.config.update} >= {"run", "rewards"}
+    config = {update.key: json.loads(update.value_json) for update in run.config.update}
+    assert config["run"] == CONFIG["run"] and config["rewards"] == CONFIG["rewards"]
+    assert config["about"] == {
+        "flowrl": "0.1", "commit": "abc+", "method": {"method": "x", "clip_range": "1e-4"},
+    }  # fmt: skip
     history = [
         {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
         for record in found
@@ -246,3 +291,76 @@ def test_wandb_offline_gets_config_tags_rows_and_one_id(track, tmp_path, monkeyp
     assert history[0]["step"] == "1" and history[0]["train/loss"] == "0.5"
     assert "train/kl" not in history[0] and history[0]["track/nonfinite"] == "1"
     assert "a red circle" in history[1]["samples/train/captions"]
+
+
+def test_wandb_gets_a_table_of_samples_and_a_summary_of_the_best(track, tmp_path, offline):
+    tracker = track(["wandb"], mode="offline")
+    seed = 2**62 + 1  # a browser's number would lose the 1
+    samples = [
+        Sample("a red circle", seed, 4, {"strict": 1.0, "graded": 0.5}),
+        Sample("a blue star", seed, 5, {"strict": float("nan"), "graded": 0.25}),
+    ]
+    tracker.log(2, {"eval/score": 0.75, "eval/diversity": 0.9, "train/loss": 9.0})
+    tracker.log(4, {"eval/score": 0.5, "eval/a/mean": -1.0, "eval/diversity": 0.1})
+    images = torch.rand(2, 3, 8, 8)
+    tracker.log_images(4, "samples/eval", images, ["a", "b"], samples)
+    with pytest.raises(ShapeError, match=r"N samples or none, got \(2, 3, 8, 8\), 2 and 1"):
+        tracker.log_images(4, "samples/eval", images, ["a", "b"], samples[:1])
+    (tmp_path / "run/status.json").write_text('{"state": "stopped", "minutes": 1.5, "step": 4}')
+    tracker.finish()
+    (file,) = (tmp_path / "run").rglob("*.table.json")
+    data = json.loads(file.read_text())
+    assert data["columns"] == ["step", "image", "prompt", "seed", "sample", "strict", "graded"]
+    rows = [[cell for i, cell in enumerate(row) if i != 1] for row in data["data"]]
+    assert rows == [
+        [4, "a red circle", str(seed), 4, 1.0, 0.5],
+        [4, "a blue star", str(seed), 5, None, 0.25],
+    ]
+    summary, tables = {}, []
+    for record in wandb_runs(tmp_path)[0][1]:
+        if record.HasField("artifact"):
+            tables.append(sorted(entry.path for entry in record.artifact.manifest.contents))
+        if record.HasField("summary"):
+            for item in record.summary.update:
+                summary[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+    ((*pictures, table),) = tables  # W&B shows a table with its pictures from an artifact
+    assert table == "samples/eval_table.table.json" and len(pictures) == 2
+    assert all(path.endswith(".png") for path in pictures)
+    best = {key: value for key, value in summary.items() if key.startswith(("best/", "run/"))}
+    assert best == {
+        "best/eval/score": 0.75, "best/step": 2, "best/eval/a/mean": -1.0,
+        "run/state": "stopped", "run/minutes": 1.5,
+    }  # fmt: skip
+
+
+def test_an_agent_decides_on_the_identity_of_a_sweep_s_run(track, tmp_path, offline):
+    offline.setenv("WANDB_RUN_ID", "agent123")
+    offline.setenv("WANDB_SWEEP_ID", "sweep456")
+    tracker = track(["wandb"], mode="offline", name="n", entity="mine")
+    assert (tmp_path / "run/wandb_id.txt").read_text() == "agent123\n"
+    assert tracker.accelerator.trackers[0].tracker.sweep_id == "sweep456"
+    tracker.finish()
+    assert [name for name, _ in wandb_runs(tmp_path)] == ["agent123"]
+    for name in ("RUN_ID", "SWEEP_ID"):
+        offline.delenv(f"WANDB_{name}")
+    sys.modules["wandb"].teardown()
+    track(["wandb"], mode="offline", resumed_step=0).finish()  # by hand, without the agent
+    assert [name for name, _ in wandb_runs(tmp_path)] == ["agent123", "agent123"]
+    offline.setenv("WANDB_RUN_ID", "other")
+    with pytest.raises(ConfigError, match=r"is the W&B run agent123, but WANDB_RUN_ID=other"):
+        track(["wandb"], mode="offline", resumed_step=0)
+
+
+def test_a_run_that_is_resumed_online_is_asked_for_by_its_id(tmp_path, monkeypatch):
+    for name in ("RUN_ID", "SWEEP_ID"):
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
+    options = {"name": "n", "entity": "team", "mode": "online", "tags": [], "group": "g"}
+    first = wandb_run.arguments(tmp_path / "run", **options)
+    again = wandb_run.arguments(tmp_path / "run", **options)
+    assert first == again and first["id"] == (tmp_path / "run/wandb_id.txt").read_text().strip()
+    assert (first["resume"], first["group"], first["entity"]) == ("allow", "g", "team")
+    assert wandb_run.arguments(tmp_path / "other", **options)["id"] != first["id"]
+    # wandb would say of each run of a sweep that it ignores these.
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s")
+    in_a_sweep = wandb_run.arguments(tmp_path / "run", **options)
+    assert not {"id", "entity"} & set(in_a_sweep) and in_a_sweep["group"] == "g"
