@@ -284,6 +284,30 @@ def _compare(
         raise typer.Exit(EXIT_FAILED)
 
 
+@app.command("sweep")
+def _sweep(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The sweep's YAML file, in W&B's format.")
+    ],
+    local: Annotated[
+        bool, typer.Option("--local", help="Run it here with optuna, without an account.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side; they share the cores.")] = 1,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Runs in all; the file's run_cap if not given.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for runs and results; runs/sweeps/NAME if not given."),
+    ] = None,
+) -> None:
+    """Check a sweep of hyper-parameters and print W&B's commands, or run it here."""
+    from flowrl.commands import sweep
+
+    if sweep.run(file=file, local=local, jobs=jobs, trials=trials, output=output):
+        raise typer.Exit(EXIT_FAILED)
+
+
 @app.command("env")
 def _env() -> None:
     """Print versions and hardware, for a bug report."""

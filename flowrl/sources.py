@@ -24,6 +24,10 @@ from flowrl.schema import RewardConfig
 from flowrl.train.scoring import RewardSet
 from flowrl.types import Prompt
 
+# Arguments of an adapter that do not come from model.args.
+ADAPTER_KEYS = (
+    "source", "revision", "height", "width", "max_sequence_length", "dtype", "device",
+)  # fmt: skip
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -58,8 +62,7 @@ def build_pipeline(model: ModelSource, where: str, device: torch.device) -> Any:
         ConfigError: there is no such adapter, or the model cannot be loaded.
     """
     adapter = find_adapter(model, where)
-    own = ("source", "revision", "height", "width", "max_sequence_length", "dtype", "device")
-    args = check_call(adapter, model.args, where=f"{where}: model.args", given=own)
+    args = check_call(adapter, model.args, where=f"{where}: model.args", given=ADAPTER_KEYS)
     with loading(f"{where}: model.id={model.id}"):
         return adapter(
             resolve_model(model.id),

@@ -67,6 +67,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "flowrl.data": (*RECORDS, *CONFIG),
     "flowrl.train": ("flowrl.methods", "flowrl.data", "flowrl.__version__", *RECORDS, *CONFIG),
     "flowrl.compare": ("flowrl.train", "flowrl.__version__", *RECORDS, *CONFIG),
+    "flowrl.sweep": ("flowrl.train", "flowrl.data.seeds", *RECORDS, *CONFIG),
     "flowrl.toys": ("flowrl.functional", *RECORDS),
     # What a reward returns is checked by the trainer's own gate.
     "flowrl.testing": ("flowrl.functional", "flowrl.train.scoring", *RECORDS),
@@ -205,7 +206,7 @@ def run_python(*arguments: str) -> str:
     "code",
     [
         "import flowrl",
-        "import flowrl.errors, flowrl.config, flowrl.compare.spec",
+        "import flowrl.errors, flowrl.config, flowrl.compare.spec, flowrl.sweep.spec",
         "from flowrl.__main__ import main\n"
         "sys.argv = ['flowrl', '--help']\n"
         "try:\n    main()\nexcept SystemExit as done:\n    assert not done.code",
@@ -227,5 +228,5 @@ def test_help_answers_within_half_a_second_of_cpu_time() -> None:
     before = cpu_seconds()
     text = run_python("-m", "flowrl", "--help")
     assert cpu_seconds() - before < MAX_HELP_CPU_S
-    names = ("train", "check", "eval", "sample", "report", "compare", "env")
+    names = ("train", "check", "eval", "sample", "report", "compare", "sweep", "env")
     assert all(name in text for name in names)

@@ -19,7 +19,8 @@ from flowrl import __version__
 PACKAGES = (
     "torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "safetensors",
     "timm", "open-clip-torch", "vector-quantize-pytorch", "wandb", "tensorboard", "pydantic",
-    "omegaconf", "typer", "rich", "numpy", "scipy", "scikit-image", "pillow", "matplotlib",
+    "omegaconf", "optuna", "typer", "rich", "numpy", "scipy", "scikit-image", "pillow",
+    "matplotlib",
 )  # fmt: skip
 VARIABLES = (
     "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "WANDB_MODE", "WORLD_SIZE",
