@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,8 +41,8 @@ def run(config: Path, overrides: Sequence[str]) -> None:
             _report(folder)
     end_training(parts.accelerator)
     if outcome == "interrupted":
-        command = f"flowrl train {config} {' '.join(overrides)}".rstrip()
-        print(f"saved; go on with: {command} run.resume=latest", file=sys.stderr)
+        command = shlex.join(["flowrl", "train", str(config), *overrides, "run.resume=latest"])
+        print(f"saved; go on with: {command}", file=sys.stderr)
         raise KeyboardInterrupt
 
 
