@@ -8,6 +8,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -130,6 +131,7 @@ def _import_file(file: str, name: str) -> Any:
     if not path.is_file() or spec is None or spec.loader is None:
         raise LookupError(f"reward {name!r}: there is no file {path}")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where a dataclass in the file looks for its own module
     spec.loader.exec_module(module)
     return module
 

@@ -154,6 +154,24 @@ def test_a_function_must_return_one_number_per_sample(reward_file):
         reward.score(images=torch.ones(2, 3, 4, 4), prompts=[], metadata=[])
 
 
+def test_a_file_may_hold_a_dataclass(tmp_path):
+    file = tmp_path / "with_record.py"
+    file.write_text(
+        textwrap.dedent("""
+        from __future__ import annotations
+        from dataclasses import dataclass
+
+        @dataclass
+        class Scale:
+            factor: float = 2.0
+
+        def score(images):
+            return Scale().factor * images.mean(dim=(1, 2, 3))
+    """)
+    )
+    assert rewards.load(f"{file}:score").score(images=torch.ones(2, 3, 4, 4)).tolist() == [2, 2]
+
+
 def test_a_missing_dependency_of_a_reward_is_shown_as_it_is(tmp_path):
     (tmp_path / "broken.py").write_text("import a_library_that_is_absent\n")
     with pytest.raises(ModuleNotFoundError, match="a_library_that_is_absent"):
