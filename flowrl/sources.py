@@ -140,7 +140,7 @@ def build_rewards(rewards: Sequence[RewardConfig], *, where: str) -> RewardSet:
     for reward in rewards:
         try:
             built.append((reward.label, load(reward.name, **reward.args), reward.weight))
-        except (LookupError, ValueError, TypeError, ImportError) as error:
+        except (LookupError, ValueError, TypeError, ImportError, ConnectionError) as error:
             text = error.args[0] if error.args else error
             raise ConfigError(f"{where}: {reward.name}: {text}") from error
     return RewardSet(built)

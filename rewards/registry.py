@@ -37,6 +37,8 @@ _TABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "diversity": ("rewards.diversity:Diversity", {}),
     "colourfulness": ("rewards.colourfulness:Colourfulness", {}),
     "vqa_score": ("rewards.vqa_score:VqaScore", {}),
+    "remote": ("rewards.serving.client:RemoteReward", {}),
+    "remote_judge": ("rewards.serving.client:RemoteJudge", {}),
 }
 NAMES = tuple(_TABLE)
 PLUGINS = "flowrl.rewards"  # the entry-point group in which other distributions register theirs
