@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from flowrl import __version__
+from flowrl.commands import rewards
 from flowrl.errors import FlowrlError
 
 EXIT_FAILED = 1
@@ -314,6 +315,9 @@ def _env() -> None:
     from flowrl.commands import env
 
     env.run()
+
+
+app.add_typer(rewards.app, name="rewards")
 
 
 def main() -> None:

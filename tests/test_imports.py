@@ -73,6 +73,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "flowrl.testing": ("flowrl.functional", "flowrl.train.scoring", *RECORDS),
     "flowrl.fits": ("flowrl.methods", "flowrl.data", *RECORDS, *CONFIG),
     "flowrl.sources": (*SIBLINGS, "flowrl.data", "flowrl.train.scoring", *RECORDS, *CONFIG),
+    "flowrl.serve": ("rewards", "flowrl.sources", "flowrl.__version__", *RECORDS, *CONFIG),
     "flowrl.build": ("flowrl",),
     "flowrl.make": EVERYTHING,
     "flowrl.commands": ("flowrl",),
