@@ -36,7 +36,11 @@ class Clip:
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Projected embeddings, float32 [B, D], of unnormalised length; images in [0, 1]."""
-        pixels = self.processor(images=pil_images(images), return_tensors="pt")["pixel_values"]
+        return self.embed_pictures(pil_images(images))
+
+    def embed_pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """As `embed_images`, of B pictures that may differ in size."""
+        pixels = self.processor(images=list(pictures), return_tensors="pt")["pixel_values"]
         placed = pixels.to(self.model.device, self.model.dtype)
         return _float32(self.model.get_image_features(pixel_values=placed))
 
@@ -62,21 +66,29 @@ class Clip:
 
 
 def load_clip(
-    model: str, placement: Placement, *, reward: str, processor: str | None = None
+    model: str,
+    placement: Placement,
+    *,
+    reward: str,
+    processor: str | None = None,
+    argument: str = "model",
 ) -> Clip:
     """The CLIP of Hub id or folder `model`; processor None = it lies beside the model.
+
+    `argument` is the argument of `reward` that `model` came from, for the error.
 
     Raises:
         OSError: either is neither on this machine nor to be had.
     """
     from transformers import CLIPModel, CLIPProcessor
 
-    source, argument = (model, "model") if processor is None else (processor, "processor")
+    source, origin = (model, argument) if processor is None else (processor, "processor")
     # PIL's resize, as in the published code; torchvision's may differ by a level.
     processing = pretrained_processor(
-        CLIPProcessor, source, reward=reward, argument=argument, backend="pil"
+        CLIPProcessor, source, reward=reward, argument=origin, backend="pil"
     )
-    return Clip(pretrained_model(CLIPModel, model, placement, reward=reward), processing)
+    network = pretrained_model(CLIPModel, model, placement, reward=reward, argument=argument)
+    return Clip(network, processing)
 
 
 def clip_pixels(images: Tensor, size: int) -> Tensor:

@@ -39,6 +39,7 @@ _TABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "vqa_score": ("rewards.vqa_score:VqaScore", {}),
     "remote": ("rewards.serving.client:RemoteReward", {}),
     "remote_judge": ("rewards.serving.client:RemoteJudge", {}),
+    "geneval": ("rewards.geneval:GenEval", {}),
 }
 NAMES = tuple(_TABLE)
 PLUGINS = "flowrl.rewards"  # the entry-point group in which other distributions register theirs

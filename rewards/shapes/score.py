@@ -20,6 +20,7 @@ import numpy as np
 POSITION_THRESHOLD = 0.1
 # The rest of the offset must point along the axis with at least this cosine (GenEval's code).
 POSITION_COSINE = 0.5
+_LEAST_OFFSET = 1e-3  # pixels; what is left of an offset below it is none (GenEval's code)
 
 Box = tuple[float, float, float, float]
 
@@ -139,7 +140,7 @@ def relative_position(box: Box, other: Box) -> set[str]:
     offset = corners[0].mean(0) - corners[1].mean(0)
     extents = np.abs(corners[:, 1] - corners[:, 0]).sum(0)
     beyond = np.maximum(np.abs(offset) - POSITION_THRESHOLD * extents, 0) * np.sign(offset)
-    if not beyond.any():
+    if (np.abs(beyond) < _LEAST_OFFSET).all():
         return set()
     dx, dy = beyond / np.linalg.norm(offset)
     holds = {

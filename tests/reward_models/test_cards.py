@@ -20,7 +20,7 @@ from rewards import registry
 from rewards.cards import Card, cards
 
 WITH_CARDS = {"pickscore", "clip_score", "hps_v2", "aesthetic", "siglip", "image_reward",
-              "diversity", "colourfulness", "vqa_score"}  # fmt: skip
+              "diversity", "colourfulness", "vqa_score", "geneval"}  # fmt: skip
 HEAD = 768 * 1024 + 1024 + 1024 * 128 + 128 + 128 * 64 + 64 + 64 * 16 + 16 + 16 + 1
 
 
@@ -110,6 +110,17 @@ def qwen() -> Iterable[nn.Module]:
     yield Qwen2_5_VLForConditionalGeneration(config)
 
 
+def mask2former_and_clip() -> Iterable[nn.Module]:
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+
+    swin = SwinConfig(embed_dim=192, depths=[2, 2, 18, 2], num_heads=[6, 12, 24, 48],
+                      window_size=12, image_size=384,
+                      out_features=["stage1", "stage2", "stage3", "stage4"])  # fmt: skip
+    config = Mask2FormerConfig(backbone_config=swin, num_queries=200, num_labels=80)
+    yield Mask2FormerForUniversalSegmentation(config)
+    yield from clip_l()
+
+
 @pytest.mark.parametrize(
     ("name", "networks", "others"),
     [
@@ -121,6 +132,7 @@ def qwen() -> Iterable[nn.Module]:
         ("diversity", dinov2, 0),
         ("image_reward", blip, HEAD),
         ("vqa_score", qwen, 0),
+        ("geneval", mask2former_and_clip, 0),
     ],
 )
 def test_the_parameters_are_those_of_the_published_architecture(
