@@ -40,6 +40,7 @@ _TABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "remote": ("rewards.serving.client:RemoteReward", {}),
     "remote_judge": ("rewards.serving.client:RemoteJudge", {}),
     "geneval": ("rewards.geneval:GenEval", {}),
+    "ocr": ("rewards.ocr:Ocr", {}),
 }
 NAMES = tuple(_TABLE)
 PLUGINS = "flowrl.rewards"  # the entry-point group in which other distributions register theirs

@@ -20,7 +20,7 @@ from rewards import registry
 from rewards.cards import Card, cards
 
 WITH_CARDS = {"pickscore", "clip_score", "hps_v2", "aesthetic", "siglip", "image_reward",
-              "diversity", "colourfulness", "vqa_score", "geneval"}  # fmt: skip
+              "diversity", "colourfulness", "vqa_score", "geneval", "ocr"}  # fmt: skip
 HEAD = 768 * 1024 + 1024 + 1024 * 128 + 128 + 128 * 64 + 64 + 64 * 16 + 16 + 16 + 1
 
 
