@@ -41,6 +41,8 @@ _TABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "remote_judge": ("rewards.serving.client:RemoteJudge", {}),
     "geneval": ("rewards.geneval:GenEval", {}),
     "ocr": ("rewards.ocr:Ocr", {}),
+    "vlm_judge": ("rewards.vlm_judge:VlmJudge", {}),
+    "vlm_pair_judge": ("rewards.vlm_judge:VlmPairJudge", {}),
 }
 NAMES = tuple(_TABLE)
 PLUGINS = "flowrl.rewards"  # the entry-point group in which other distributions register theirs
