@@ -167,8 +167,8 @@ class EndpointVlm:
         client, stop = self._client, Event()
         with ThreadPoolExecutor(self._endpoint.concurrency) as pool:
             futures = [
-                pool.submit(self._ask, client, self._body(each, asked), read, stop)
-                for each in questions
+                pool.submit(self._ask, client, question, asked, read, stop)
+                for question in questions
             ]
             try:
                 wait(futures)
@@ -181,10 +181,15 @@ class EndpointVlm:
         return [future.result() for future in futures]
 
     def _ask(
-        self, client: Any, body: bytes, read: Callable[[Mapping[str, Any]], T], stop: Event
+        self,
+        client: Any,
+        question: Question,
+        asked: Mapping[str, Any],
+        read: Callable[[Mapping[str, Any]], T],
+        stop: Event,
     ) -> T:
         """One answer, tried for as long as it may come and no other request has failed."""
-        retry = 0
+        body, retry = self._body(question, asked), 0
         while not stop.is_set():
             try:
                 return read(self._post(client, body))
