@@ -43,6 +43,8 @@ _TABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "ocr": ("rewards.ocr:Ocr", {}),
     "vlm_judge": ("rewards.vlm_judge:VlmJudge", {}),
     "vlm_pair_judge": ("rewards.vlm_judge:VlmPairJudge", {}),
+    "unified_reward": ("rewards.unified_reward:UnifiedReward", {}),
+    "unified_reward_pairs": ("rewards.unified_reward:UnifiedRewardPairs", {}),
 }
 NAMES = tuple(_TABLE)
 PLUGINS = "flowrl.rewards"  # the entry-point group in which other distributions register theirs

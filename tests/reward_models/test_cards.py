@@ -21,7 +21,7 @@ from rewards.cards import Card, cards
 
 WITH_CARDS = {"pickscore", "clip_score", "hps_v2", "aesthetic", "siglip", "image_reward",
               "diversity", "colourfulness", "vqa_score", "geneval", "ocr", "vlm_judge",
-              "vlm_pair_judge"}  # fmt: skip
+              "vlm_pair_judge", "unified_reward", "unified_reward_pairs"}  # fmt: skip
 HEAD = 768 * 1024 + 1024 + 1024 * 128 + 128 + 128 * 64 + 64 + 64 * 16 + 16 + 16 + 1
 
 
@@ -135,6 +135,7 @@ def mask2former_and_clip() -> Iterable[nn.Module]:
         ("vqa_score", qwen, 0),
         ("geneval", mask2former_and_clip, 0),
         ("vlm_judge", qwen, 0),
+        ("unified_reward", qwen, 0),
     ],
 )
 def test_the_parameters_are_those_of_the_published_architecture(
