@@ -45,6 +45,7 @@ _TABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "vlm_pair_judge": ("rewards.vlm_judge:VlmPairJudge", {}),
     "unified_reward": ("rewards.unified_reward:UnifiedReward", {}),
     "unified_reward_pairs": ("rewards.unified_reward:UnifiedRewardPairs", {}),
+    "hps_v3": ("rewards.hps_v3:HpsV3", {}),
 }
 NAMES = tuple(_TABLE)
 PLUGINS = "flowrl.rewards"  # the entry-point group in which other distributions register theirs

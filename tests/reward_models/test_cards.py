@@ -21,7 +21,7 @@ from rewards.cards import Card, cards
 
 WITH_CARDS = {"pickscore", "clip_score", "hps_v2", "aesthetic", "siglip", "image_reward",
               "diversity", "colourfulness", "vqa_score", "geneval", "ocr", "vlm_judge",
-              "vlm_pair_judge", "unified_reward", "unified_reward_pairs"}  # fmt: skip
+              "vlm_pair_judge", "unified_reward", "unified_reward_pairs", "hps_v3"}  # fmt: skip
 HEAD = 768 * 1024 + 1024 + 1024 * 128 + 128 + 128 * 64 + 64 + 64 * 16 + 16 + 16 + 1
 
 
@@ -120,6 +120,15 @@ def mask2former_and_clip() -> Iterable[nn.Module]:
     config = Mask2FormerConfig(backbone_config=swin, num_queries=200, num_labels=80)
     yield Mask2FormerForUniversalSegmentation(config)
     yield from clip_l()
+def qwen2_7b() -> Iterable[nn.Module]:
+    yield qwen2(3584, 18944, 28, 4, tokens=151657 + 1)
+def qwen2(width: int, inner: int, heads: int, kv_heads: int, *, tokens: int) -> nn.Module:
+    from transformers import Qwen2VLConfig, Qwen2VLModel
+    text = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": 28,
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+            "vocab_size": tokens}  # fmt: skip
+    vision = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "hidden_size": width}
+    return Qwen2VLModel(Qwen2VLConfig(text_config=text, vision_config=vision))
 
 
 @pytest.mark.parametrize(
@@ -136,6 +145,7 @@ def mask2former_and_clip() -> Iterable[nn.Module]:
         ("geneval", mask2former_and_clip, 0),
         ("vlm_judge", qwen, 0),
         ("unified_reward", qwen, 0),
+        ("hps_v3", qwen2_7b, 3584 * 1024 + 1024 + 1024 * 16 + 16 + 16 * 2 + 2),
     ],
 )
 def test_the_parameters_are_those_of_the_published_architecture(
