@@ -46,6 +46,7 @@ _TABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "unified_reward": ("rewards.unified_reward:UnifiedReward", {}),
     "unified_reward_pairs": ("rewards.unified_reward:UnifiedRewardPairs", {}),
     "hps_v3": ("rewards.hps_v3:HpsV3", {}),
+    "video_align": ("rewards.video_align:VideoAlign", {}),
 }
 NAMES = tuple(_TABLE)
 PLUGINS = "flowrl.rewards"  # the entry-point group in which other distributions register theirs

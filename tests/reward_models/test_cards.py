@@ -21,7 +21,8 @@ from rewards.cards import Card, cards
 
 WITH_CARDS = {"pickscore", "clip_score", "hps_v2", "aesthetic", "siglip", "image_reward",
               "diversity", "colourfulness", "vqa_score", "geneval", "ocr", "vlm_judge",
-              "vlm_pair_judge", "unified_reward", "unified_reward_pairs", "hps_v3"}  # fmt: skip
+              "vlm_pair_judge", "unified_reward", "unified_reward_pairs", "hps_v3",
+              "video_align"}  # fmt: skip
 HEAD = 768 * 1024 + 1024 + 1024 * 128 + 128 + 128 * 64 + 64 + 64 * 16 + 16 + 16 + 1
 
 
@@ -122,6 +123,12 @@ def mask2former_and_clip() -> Iterable[nn.Module]:
     yield from clip_l()
 def qwen2_7b() -> Iterable[nn.Module]:
     yield qwen2(3584, 18944, 28, 4, tokens=151657 + 1)
+
+
+def qwen2_2b() -> Iterable[nn.Module]:
+    yield qwen2(1536, 8960, 12, 2, tokens=151657 + 3)
+
+
 def qwen2(width: int, inner: int, heads: int, kv_heads: int, *, tokens: int) -> nn.Module:
     from transformers import Qwen2VLConfig, Qwen2VLModel
     text = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": 28,
@@ -146,6 +153,7 @@ def qwen2(width: int, inner: int, heads: int, kv_heads: int, *, tokens: int) -> 
         ("vlm_judge", qwen, 0),
         ("unified_reward", qwen, 0),
         ("hps_v3", qwen2_7b, 3584 * 1024 + 1024 + 1024 * 16 + 16 + 16 * 2 + 2),
+        ("video_align", qwen2_2b, 1536),
     ],
 )
 def test_the_parameters_are_those_of_the_published_architecture(
