@@ -195,7 +195,7 @@ class GenEval:
         """CLIP's directions, float32 [10, D], of the colours of class `name`."""
         if name not in self._colors_of:
             texts = [t.format(color=color, name=name) for color in COLORS for t in TEMPLATES]
-            each = normalize(self._clip.embed_texts(texts)).unflatten(0, (len(COLORS), -1))
+            each = normalize(self._clip.embed_texts(texts)).reshape(len(COLORS), len(TEMPLATES), -1)
             self._colors_of[name] = normalize(each.mean(1))
         return self._colors_of[name]
 

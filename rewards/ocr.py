@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ class Ocr:
     @cached_property
     def _engine(self) -> Any:
         try:
-            import onnxruntime  # noqa: F401  rapidocr itself asks for it only when it reads
+            import_module("onnxruntime")  # rapidocr itself asks for it only when it reads
             from rapidocr import RapidOCR
         except ImportError as error:
             raise ImportError(

@@ -87,7 +87,7 @@ def detr(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 parameter.mul_(4)
         model.model.query_position_embeddings.weight.normal_(0, 3)
         model.class_labels_classifier.weight.mul_(8)
-        model.bbox_predictor.layers[-1].bias.copy_(torch.tensor([-1.0, 0.0, 4.0, 0.0]))
+        model.bbox_predictor.layers[-1].bias.copy_(torch.tensor([-1.0, 1.0, 4.0, 4.0]))
     model.save_pretrained(folder)
     DetrImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
     return folder
