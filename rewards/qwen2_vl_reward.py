@@ -203,7 +203,8 @@ def load_reward(
         )
     config.text_config.vocab_size = rows
     inner = {n: t for n, t in weights.items() if not n.startswith(("rm_head.", "lm_head."))}
-    model, told = Qwen2VLModel.from_pretrained(
+    loader: Any = Qwen2VLModel.from_pretrained  # its type does not tell of a second result
+    model, told = loader(
         None, config=config, state_dict=inner, dtype=placement.torch_dtype,
         output_loading_info=True,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from rewards.backbones import Placement, checkpoint_file, finite_images, shared
 from rewards.base import Metadata
@@ -34,14 +35,14 @@ class VideoAlign:
     """Weighted sum of the three standardised qualities of every clip and its prompt.
 
     The preprocessing is the published one: two frames per second, at least four, evenly from first
-    to last; 8 bit RGB, bicubic with antialias (torchvision) to between 128 and 256 tokens per frame
-    in the clip's own aspect, CLIP's mean and std. Differs: LoRA and head are float32 (bfloat16
-    there; the LoRA is merged and then rounded). A prompt that holds a mark of the tokenizer, such
-    as "<|im_end|>", cannot be scored.
+    to last; 8 bit RGB, bicubic with antialias (as torchvision's) to between 128 and 256 tokens per
+    frame in the clip's own aspect, CLIP's mean and std. Differs: LoRA and head are float32
+    (bfloat16 there; the LoRA is merged and then rounded). A prompt that holds a mark of the
+    tokenizer, such as "<|im_end|>", cannot be scored.
 
     Args:
-        model: the checkpoint, or a folder or Hub id that holds it (the Hub's KwaiVGI has become
-            KlingTeam; both names work there).
+        model: the checkpoint, or a folder or Hub id that holds it. Its owner on the Hub has been
+            renamed to KlingTeam since; try that name if this one is not found.
         file: its name there; a torch file or a .safetensors file of the same names.
         base: Hub id, or a folder, of the Qwen2-VL it was made from: its configuration, tokenizer
             and chat template are read, its weights are not.
@@ -164,14 +165,10 @@ def frame_indices(num: int, fps: float | None) -> list[int]:
 
 
 def _resized(clip: Tensor) -> Tensor:
-    """The clip [F, 3, H, W] in [0, 1] at the size that is seen, values 0 to 255."""
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms.functional import resize
-
-    levels = (clip.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    """The clip [F, 3, H, W] in [0, 1] at the size that is seen, whole values 0 to 255."""
+    levels = (clip.float().clamp(0, 1) * 255).round()
     size = smart_size(*clip.shape[2:], least=_LEAST, most=_MOST)
-    resized: Tensor = resize(levels, list(size), InterpolationMode.BICUBIC, antialias=True)
-    return resized
+    return interpolate(levels, size, mode="bicubic", antialias=True).clamp(0, 255).round()
 
 
 def _check_videos(videos: Tensor, prompts: Sequence[str]) -> None:

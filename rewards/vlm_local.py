@@ -85,7 +85,8 @@ class LocalVlm:
         """What `ask` says of questions that are alike, in the order of `questions`."""
         alike: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
         for index, question in enumerate(questions):
-            alike[(question.text, *(image.size for image in question.images))].append(index)
+            key = (question.text, *(image.size for image in question.images))
+            alike[key].append(index)
         found: dict[int, T] = {}
         size = self._placement.batch_size
         for indices in alike.values():

@@ -102,7 +102,7 @@ def test_win_rates_are_the_same_here_and_there(folder: Path, base_url: str, smal
         for more in ({"dtype": "float32"}, {"endpoint": at})
     ]
     assert rates[0].std() > 0.01
-    torch.testing.assert_close(*rates, equal_nan=True)
+    torch.testing.assert_close(*rates, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_server_without_log_probabilities_says_so(
