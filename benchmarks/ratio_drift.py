@@ -32,7 +32,8 @@ from flowrl.methods.objectives import density_log_ratio, normalized_log_ratio
 from flowrl.methods.spec import transition_scales
 from flowrl.policies.flow import FlowPolicy
 from flowrl.policies.trajectory import FlowTrajectory
-from flowrl.types import PromptBatch
+from flowrl.train.judge import Judge
+from flowrl.train.lessons import Part
 
 UPDATES, ROWS = 4, 48
 CLIPS = {"plain": 1e-4, "RatioNorm": 2e-6}  # published, for SD3.5 at 512 px:
@@ -60,16 +61,19 @@ def main() -> None:
         raise SystemExit("the ratio of log-probs belongs to a flow policy with stochastic steps")
     plan = replace(parts.method.plan(0), store_mean=True)  # for RatioNorm; the rollout is the same
 
-    def drawn(step: int) -> tuple[FlowTrajectory, PromptBatch, Tensor, Tensor]:
+    def drawn(step: int) -> tuple[FlowTrajectory, Part, Judge]:
         batch = parts.sampler(step)
         rollout, trajectory = policy.rollout(batch, plan)
-        scores = parts.rewards.score(rollout.images, batch)
-        return trajectory, batch, *trainer._advantages(scores, batch, trajectory.tree)[:2]
+        part = Part(batch, trajectory)
+        scores = parts.rewards.score(batch, images=rollout.images)
+        judge = Judge(parts.method, trainer.collect, 0, [part], [lambda: scores], by_part=False)
+        return trajectory, part, judge
 
-    learnt, (scored, batch, advantages, _) = drawn(0), drawn(1)
-    print(f"{len(batch)} images, {len(scored.decisions.row)} decisions; before the updates "
+    (_, learnt, judge), (scored, part, judge_next) = drawn(0), drawn(1)
+    advantages = judge_next(0).advantages
+    print(f"{len(part.batch)} images, {len(scored.decisions.row)} decisions; before the updates "
           f"|ratio - 1| <= {learner.first_ratio_deviation(scored):.1e}")  # fmt: skip
-    learner.learn(*learnt)
+    learner.learn([learnt], judge)
     print(f"after {learner.num_updates} updates on as many others:")
     report(policy, scored, advantages)
 

@@ -19,15 +19,17 @@ from flowrl.calls import check_call
 from flowrl.config import Config
 from flowrl.data.pairs import load_pairs
 from flowrl.data.sampler import GroupSampler, eval_batch
-from flowrl.errors import ConfigError, closest
+from flowrl.errors import ConfigError
 from flowrl.fits import (
     check_compute,
     check_groups,
+    check_parts,
     check_teacher,
     measured_rewards,
     ratio_tolerance,
 )
 from flowrl.methods import METHODS, Method
+from flowrl.plugins import find_plugin
 from flowrl.policies.distance import MAX_SAMPLES, TokenDistance, VelocityDistance
 from flowrl.policies.flow import FlowPolicy, guidance_rows
 from flowrl.policies.forward import ForwardPolicy
@@ -94,9 +96,9 @@ def build_parts(config: Config, where: str) -> Parts:
     train_prompts = load_train(config.data.train, where=f"{where}: data.train")
     eval_prompts = load_named_prompts(config.eval.data, where=f"{where}: eval.data")
     eval_prompts = eval_prompts[: config.eval.max_prompts]
-    rewards = build_rewards(config.rewards, where=f"{where}: rewards")
+    rewards = build_rewards(config.rewards, config.scoring, where=f"{where}: rewards")
     measured = measured_rewards(config, rewards.group_scope, where)
-    eval_rewards = build_rewards(measured, where=f"{where}: eval.rewards")
+    eval_rewards = build_rewards(measured, config.scoring, where=f"{where}: eval.rewards")
     accelerator = build_accelerator(config)
     sampler = build_sampler(config, train_prompts, accelerator)
     if rewards.group_scope and not sampler.has_whole_groups:
@@ -105,6 +107,7 @@ def build_parts(config: Config, where: str) -> Parts:
             f"{config.data.group_size} span {accelerator.num_processes} ranks; use a number of "
             "groups per update that the ranks divide"
         )
+    check_parts(config, sampler, where)
     check_groups(method, sampler, where)
     check_compute(method, config, where, rows)
     policy = build_policy(config, where, method, accelerator.device)
@@ -187,14 +190,21 @@ class LearningRate:
 
 def build_method(config: Config, where: str) -> Method:
     """The method named in the config, with its arguments checked against its signature."""
-    name = config.method.name
-    if name not in METHODS:
-        raise ConfigError(f"{where}: method.name={name} is not a method; {closest(name, METHODS)}")
-    args = check_call(METHODS[name], config.method.args, where=f"{where}: method.args")
+    name, make = config.method.name, METHODS.get(config.method.name)
+    here = f"{where}: method.name={name}"
+    if make is None:
+        make = find_plugin(name, "flowrl.methods", METHODS, where=here)
+    args = check_call(make, config.method.args, where=f"{where}: method.args")
     try:
-        return METHODS[name](**args)
+        method = make(**args)
     except ValueError as error:
         raise ConfigError(f"{where}: method.args: {error}") from error
+    if not isinstance(method, Method):
+        raise ConfigError(
+            f"{here} makes {type(method).__name__}; expected a function that returns a "
+            "flowrl.methods.Method"
+        )
+    return method
 
 
 def build_policy(

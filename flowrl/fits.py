@@ -41,6 +41,16 @@ def check_groups(method: Method, sampler: GroupSampler, where: str) -> None:
         )
 
 
+def check_parts(config: Config, sampler: GroupSampler, where: str) -> None:
+    """Refuses parts of a rollout whose groups have samples on several ranks (ConfigError)."""
+    if config.scoring.parts > 1 and not sampler.has_whole_groups:
+        raise ConfigError(
+            f"{where}: scoring.parts={config.scoring.parts} cuts the rollout between groups, but "
+            f"groups of {config.data.group_size} span {sampler.world_size} ranks; use a number of "
+            "groups per update that the ranks divide, or scoring.parts=1"
+        )
+
+
 def check_teacher(method: Method, config: Config, where: str, guidance_rows: int) -> None:
     """Refuses a method without its teacher: rewards, or pairs of a data set and no rewards.
 

@@ -152,6 +152,44 @@ class RewardConfig(Record):
         return f"{PurePath(origin).name.removesuffix('.py')}.{attribute}"
 
 
+class ScoringConfig(Record):
+    """How rewards are called, and how much of what they fail at is borne."""
+
+    batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="samples per call of a reward that scores them one by one; null = all at once",
+    )
+    parts: int = Field(
+        default=1,
+        ge=1,
+        description="parts into which the groups of an update are cut; a part is scored while the "
+        "next is drawn, and learnt from when it has its scores; 1 = one thing after the other",
+    )
+    retries: int = Field(default=2, ge=0, description="further tries of a call that failed")
+    backoff_s: float = Field(
+        default=1.0, ge=0, description="pause before the first of them, seconds; doubles each time"
+    )
+    timeout_s: float | None = Field(
+        default=None, gt=0, description="time that a call may take, seconds; null = any"
+    )
+    max_invalid: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="share of the samples of a window that a reward may leave without a score; "
+        "above it the run stops",
+    )
+    window: int = Field(default=20, ge=1, description="training steps of that window")
+    min_group_share: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="share of a group that must have scores; below it the whole group is left out, "
+        "above it the group's statistics are taken over those that have",
+    )
+
+
 class OptimConfig(Record):
     """AdamW, its schedule, and how a rollout is split into updates."""
 
@@ -299,6 +337,7 @@ class Config(Record):
         default=(),
         description="rewards that are summed; none for a method that learns from pairs",
     )
+    scoring: ScoringConfig = Field(default=ScoringConfig(), description="how rewards are called")
     optim: OptimConfig = Field(description="the optimiser")
     compute: ComputeConfig = Field(description="how the work is cut up")
     eval: EvalConfig = Field(description="the held-out evaluation")

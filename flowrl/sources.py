@@ -19,8 +19,10 @@ from flowrl.calls import check_call
 from flowrl.data.pairs import load_images
 from flowrl.data.prompts import load_prompts
 from flowrl.errors import ConfigError, closest
+from flowrl.plugins import find_plugin
 from flowrl.protocols import FlowPipeline
-from flowrl.schema import RewardConfig
+from flowrl.schema import RewardConfig, ScoringConfig
+from flowrl.train.attempts import Patience
 from flowrl.train.scoring import RewardSet
 from flowrl.types import Prompt
 
@@ -85,10 +87,8 @@ def find_adapter(model: ModelSource, where: str) -> Any:
     from pipelines import PIPELINES
 
     if model.pipeline not in PIPELINES:
-        raise ConfigError(
-            f"{where}: model.pipeline={model.pipeline} is not a pipeline; "
-            + closest(model.pipeline, PIPELINES)
-        )
+        here = f"{where}: model.pipeline={model.pipeline}"
+        return find_plugin(model.pipeline, "flowrl.pipelines", PIPELINES, where=here)
     module, _, name = PIPELINES[model.pipeline].partition(":")
     return getattr(importlib.import_module(module), name)
 
@@ -132,8 +132,10 @@ def loading(what: str) -> Iterator[None]:
         raise ConfigError(f"{what} cannot be loaded: {error}") from error
 
 
-def build_rewards(rewards: Sequence[RewardConfig], *, where: str) -> RewardSet:
-    """The rewards by name, dotted path or file."""
+def build_rewards(
+    rewards: Sequence[RewardConfig], scoring: ScoringConfig | None = None, *, where: str
+) -> RewardSet:
+    """The rewards by name, dotted path or file, called as the config says."""
     from rewards import load
 
     built = []
@@ -143,7 +145,9 @@ def build_rewards(rewards: Sequence[RewardConfig], *, where: str) -> RewardSet:
         except (LookupError, ValueError, TypeError, ImportError, ConnectionError) as error:
             text = error.args[0] if error.args else error
             raise ConfigError(f"{where}: {reward.name}: {text}") from error
-    return RewardSet(built)
+    scoring = scoring or ScoringConfig()
+    patience = Patience(scoring.retries, scoring.backoff_s, scoring.timeout_s)
+    return RewardSet(built, batch_size=scoring.batch_size, patience=patience)
 
 
 def check_size(pipeline: FlowPipeline, pairs: Sequence[Prompt], where: str) -> None:

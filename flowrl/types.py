@@ -218,16 +218,32 @@ class Rollout:
     """What a policy drew for a batch, or found for it in a data set.
 
     Attributes:
-        images: [N, 3, H, W] in [0, 1], on the CPU.
-        decode_s: seconds spent in the decoder.
+        batch: the samples.
+        latents: [N, ...latent] at the end of the sampler, or int64 [N, S] tokens.
         network_evals: rows that went through the network, over the rank's batch; a guided
             evaluation (conditional and unconditional) counts as two.
+        decode: latents -> images.
     """
 
     batch: PromptBatch
-    images: Tensor
+    latents: Tensor
     network_evals: int
-    decode_s: float = 0.0
+    decode: Callable[[Tensor], Tensor]
+
+    @cached_property
+    def images(self) -> Tensor:
+        """[N, 3, H, W] in [0, 1], on the CPU; decoded when they are first asked for."""
+        with torch.no_grad():
+            return self.decode(self.latents)
+
+
+@dataclass
+class Failures:
+    """What went wrong with a reward: calls that failed, samples given up, and the last reason."""
+
+    calls: int = 0
+    samples: int = 0
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -238,8 +254,14 @@ class Scores:
         rewards: name -> [N]; NaN where invalid.
         weights: name -> factor in the sum; monitors are absent.
         valid: bool [N]; False = some trained reward failed, the sample is masked.
+        components: "reward/component" -> [N], what rewards say of their scores; for the log alone.
+        failures: name -> what failed on the way; rewards without are absent.
+        seconds: name -> time that the reward worked.
     """
 
     rewards: dict[str, Tensor]
     weights: dict[str, float]
     valid: Tensor
+    components: dict[str, Tensor] = field(default_factory=dict)
+    failures: dict[str, Failures] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 Metadata = Mapping[str, Any]
-INPUTS = ("images", "prompts", "metadata")
+INPUTS = ("images", "videos", "texts", "latents", "prompts", "metadata")
 
 
 class Reward(Protocol):
     """Scores a batch.
 
     Attributes:
-        inputs: which of "images", "prompts" and "metadata" it reads; it is given no others.
+        inputs: which of `INPUTS` it reads; it is given no others.
         scope: "sample" if a score depends on its own sample only.
         range: (low, high) of the scores, infinite where unbounded.
         higher_is_better: True; a cost is negated by its reward.
@@ -32,14 +32,23 @@ class Reward(Protocol):
     range: tuple[float, float]
     higher_is_better: bool
 
-    def score(self, **inputs: Any) -> Tensor:
+    def score(self, **inputs: Any) -> Tensor | Mapping[str, Tensor]:
         """Scores, float32 [B]; NaN: not to be scored.
 
+        Or a mapping of such tensors: "score", and components of it by other names, which are logged
+        beside it.
+
         Args:
-            inputs: those declared, by name: images float [B, 3, H, W] in [0, 1], prompts as B
-                strings, metadata as B mappings.
+            inputs: those declared, by name: images float [B, 3, H, W] and videos float
+                [B, F, 3, H, W] in [0, 1], latents float [B, ...], texts and prompts as B strings,
+                metadata as B mappings.
         """
         ...
+
+
+def score_of(output: Tensor | Mapping[str, Tensor]) -> Tensor:
+    """The score [B] alone, of what a reward returned."""
+    return output["score"] if isinstance(output, Mapping) else output
 
 
 class FunctionReward:
@@ -68,15 +77,21 @@ class FunctionReward:
                 f"expected at least one parameter named {', '.join(INPUTS)}"
             )
 
-    def score(self, **given: Any) -> Tensor:
+    def score(self, **given: Any) -> Tensor | Mapping[str, Tensor]:
         """The function's scores, float32 [B], of `given`: at least the inputs it declares.
 
         Raises:
-            ValueError: if the function does not return one number per sample.
+            ValueError: if the function does not return one number per sample, or several by name.
         """
         chosen = {name: given[name] for name in self.inputs}
-        scores = torch.as_tensor(self._function(**chosen, **self._args), dtype=torch.float32)
+        output = self._function(**chosen, **self._args)
         expected = len(chosen[self.inputs[0]])
+        if isinstance(output, Mapping):
+            return {name: self._checked(values, expected) for name, values in output.items()}
+        return self._checked(output, expected)
+
+    def _checked(self, output: Any, expected: int) -> Tensor:
+        scores = torch.as_tensor(output, dtype=torch.float32)
         if scores.shape != (expected,):
             raise ValueError(
                 f"{self._name} returned shape {list(scores.shape)}; expected [{expected}], "

@@ -143,8 +143,7 @@ def _load(architecture: str, path: Path, placement: Placement) -> _Network:
         import open_clip  # type: ignore[import-untyped]
     except ImportError as error:
         raise ImportError(
-            "hps_v2 needs open_clip, which is not installed; run `pip install open-clip-torch`, or "
-            "install this project with its extra 'rewards'"
+            "hps_v2 needs open_clip, which is not installed; run `pip install open-clip-torch`"
         ) from error
 
     config = open_clip.get_model_config(architecture)

@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from rewards.base import Metadata, Reward, check_images
+from rewards.base import Metadata, Reward, check_images, score_of
 from rewards.registry import check_members, make
 
 ORDERS = ("both", "single")
@@ -109,7 +109,8 @@ class PointwiseJudge:
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
         """The reward's own scores, float32 [B]; NaN where not finite."""
         given: dict[str, Any] = {"images": images, "prompts": prompts, "metadata": metadata}
-        scores = self._reward.score(**{name: given[name] for name in self.inputs}).float()
+        output = self._reward.score(**{name: given[name] for name in self.inputs})
+        scores = score_of(output).float()
         return scores.where(scores.isfinite(), torch.nan)
 
     def prefer(self, first: Tensor, second: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def make(name: str, **args: Any) -> Any:
     Raises:
         LookupError, ValueError: as `load`, except that what was made need not be a reward.
     """
-    found, implied = _find(name)
+    found, implied = find(name)
     if inspect.isclass(found):
         _check_args(name, found, args, taken=tuple(implied), inputs=())
         return found(**implied, **args)
@@ -96,13 +96,13 @@ def check_members(name: str, made: Any) -> None:
         raise ValueError(f"reward {name!r} is not a reward: it lacks {', '.join(missing)}")
 
 
-def _find(name: str) -> tuple[Any, dict[str, Any]]:
+def find(name: str) -> tuple[Any, dict[str, Any]]:
     """The class or function behind a name, and the arguments that the name implies."""
     if name in _TABLE:
         path, implied = _TABLE[name]
-        return _attribute(path, name), implied
+        return attribute(path, f"reward {name!r}"), implied
     if ":" in name:
-        return _attribute(name, name), {}
+        return attribute(name, f"reward {name!r}"), {}
     plugins = {entry.name: entry for entry in entry_points(group=PLUGINS)}
     if name in plugins:
         return plugins[name].load(), {}
@@ -111,18 +111,25 @@ def _find(name: str) -> tuple[Any, dict[str, Any]]:
                       "or './file.py:function')")  # fmt: skip
 
 
-def _attribute(path: str, name: str) -> Any:
-    """What "module:attribute" or "file.py:attribute" points to."""
-    origin, _, attribute = path.rpartition(":")
-    module = _import_file(origin, name) if origin.endswith(".py") else _import(origin, name)
-    if not attribute or not hasattr(module, attribute):
+def attribute(path: str, what: str) -> Any:
+    """What "package.module:Name" or "./file.py:name" points to.
+
+    Args:
+        path: as a person wrote it.
+        what: who asks for it, e.g. "reward 'a.b:C'"; begins the messages.
+
+    Raises:
+        LookupError: there is no such module, file or attribute.
+    """
+    origin, _, name = path.rpartition(":")
+    module = _import_file(origin, what) if origin.endswith(".py") else _import(origin, what)
+    if not name or not hasattr(module, name):
         public = [key for key in vars(module) if not key.startswith("_")]
-        raise LookupError(f"reward {name!r}: {origin} has no {attribute!r}"
-                          f"{_hint(attribute, public)}")  # fmt: skip
-    return getattr(module, attribute)
+        raise LookupError(f"{what}: {origin} has no {name!r}{_hint(name, public)}")
+    return getattr(module, name)
 
 
-def _import(module: str, name: str) -> Any:
+def _import(module: str, what: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -130,16 +137,16 @@ def _import(module: str, name: str) -> Any:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
         raise LookupError(
-            f"reward {name!r}: there is no module {error.name!r}; expected 'package.module:Name' "
+            f"{what}: there is no module {error.name!r}; expected 'package.module:Name' "
             "of an installed package, or './file.py:function'"
         ) from error
 
 
-def _import_file(file: str, name: str) -> Any:
+def _import_file(file: str, what: str) -> Any:
     path = Path(file).expanduser().resolve()
-    spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"plugin_{path.stem}", path)
     if not path.is_file() or spec is None or spec.loader is None:
-        raise LookupError(f"reward {name!r}: there is no file {path}")
+        raise LookupError(f"{what}: there is no file {path}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where a dataclass in the file looks for its own module
     spec.loader.exec_module(module)

@@ -89,6 +89,16 @@ def test_defaults_are_those_of_the_schema(write: Write) -> None:
         "method": {"name": "mix_grpo", "args": {}},
         "data": {"train": "shapes/train", "num_groups": 6, "group_size": 24, "shuffle": True},
         "rewards": [reward],
+        "scoring": {
+            "batch_size": None,
+            "parts": 1,
+            "retries": 2,
+            "backoff_s": 1.0,
+            "timeout_s": None,
+            "max_invalid": 0.05,
+            "window": 20,
+            "min_group_share": 0.5,
+        },
         "optim": {
             "lr": 3e-4,
             "betas": [0.9, 0.999],

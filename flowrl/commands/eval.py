@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flowrl.commands.models import Model, find_model, make_folder, open_policy
-from flowrl.schema import EvalConfig, RewardConfig
+from flowrl.schema import EvalConfig, RewardConfig, ScoringConfig
 from flowrl.sources import build_rewards, load_named_prompts
 from flowrl.train.evaluate import Evaluation, Evaluator
 
@@ -42,7 +42,8 @@ def run(
     plan = _settings(spec, settings, rewards)
     assert plan.rewards is not None
     prompts = load_named_prompts(plan.data, where="--data")[: plan.max_prompts]
-    reward_set = build_rewards(plan.rewards, where="--reward")
+    scoring = ScoringConfig() if spec.config is None else spec.config.scoring
+    reward_set = build_rewards(plan.rewards, scoring, where="--reward")
     folder = None if out is None else make_folder(out)
     accelerator = Accelerator(mixed_precision=spec.mixed_precision)
     policy = open_policy(spec, [prompt.text for prompt in prompts], accelerator)

@@ -75,7 +75,7 @@ def check(sweep: Sweep, config: Config) -> None:
     rows = guidance_rows(adapter, config.model.guidance_scale)
     check_teacher(method, config, where, rows)
     check_compute(method, config, where, rows)
-    rewards = build_rewards(config.rewards, where=f"{where}: rewards")
+    rewards = build_rewards(config.rewards, config.scoring, where=f"{where}: rewards")
     measured = measured_rewards(config, rewards.group_scope, where)
     build_rewards(measured, where=f"{where}: eval.rewards")
     prompts = load_named_prompts(config.eval.data, where=f"{where}: eval.data")

@@ -269,7 +269,7 @@ def _costs(curves: dict[str, list[Curve]]) -> list[Quantity]:
     for key, label, digits in (
         ("perf/rollout_s", "rollout, s", 2),
         ("perf/decode_s", "decode, s", 2),
-        ("perf/reward_s", "reward, s", 2),
+        ("perf/reward_wait_s", "reward, s", 2),
         ("perf/train_s", "forward and backward, s", 2),
         ("perf/nfe_per_image", "network evaluations per image, rollout", 2),
         ("perf/train_rows_per_image", "trained rows per image", 2),

@@ -139,6 +139,7 @@ def g2rpo(
         paper="Granular-GRPO, arXiv:2510.01982",
         policy="flow",
         plan=lambda step: plans[step % len(plans)],
+        compares="group",
         advantage=partial(
             granular_advantages,
             num_ends=len(granularities),
@@ -201,6 +202,7 @@ def dense_grpo(
         name="dense_grpo",
         paper="DenseGRPO, arXiv:2601.20218",
         plan=lambda step: plan,
+        compares="group",
         advantage=partial(gain_advantages, eps=1e-4, ddof=0, clip=advantage_clip),
         numbers=base.numbers
         | {
@@ -258,6 +260,7 @@ def neighbor_grpo(
         paper="Neighbor GRPO, arXiv:2511.16955",
         policy="neighbor",
         plan=plan,
+        compares="group",
         advantage=partial(quasi_normed, eps=1e-8, ddof=1, power=power),
         objective=ClippedRatio(clip_range, clip_range, KLS["paper"]),
         numbers={

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 
 from flowrl.methods.objectives import (
+    COMPARES,
     KLS,
     NORMALIZERS,
     AdvantageStd,
@@ -70,6 +71,7 @@ def flow_grpo(
         advantage=partial(
             summed_rewards, normalize=NORMALIZERS[advantage_std], clip=advantage_clip
         ),
+        compares=COMPARES[advantage_std],
         objective=ClippedRatio(clip_range, clip_range, KLS[kl], kl_coef),
         numbers={
             "sampler steps": num_steps,
@@ -121,6 +123,7 @@ def dance_grpo(
         policy="flow",
         plan=lambda step: plan,
         advantage=partial(normalized_rewards, eps=1e-8, ddof=1, clip=advantage_clip),
+        compares="group",
         objective=ClippedRatio(clip_range, clip_range, KLS["paper"]),
         prune=None if num_extremes is None else partial(extreme_samples, num=num_extremes),
         numbers={
@@ -182,6 +185,7 @@ def mix_grpo(
         policy="flow",
         plan=plan,
         advantage=partial(normalized_rewards, eps=1e-8, ddof=1, clip=advantage_clip),
+        compares="group",
         objective=ClippedRatio(clip_range, clip_range, KLS[kl], kl_coef),
         numbers={
             "sampler steps": num_steps,

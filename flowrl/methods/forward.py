@@ -29,6 +29,7 @@ from flowrl.methods.forward_objectives import (
 )
 from flowrl.methods.forward_plan import SOLVERS, ForwardPlan, SolverName
 from flowrl.methods.objectives import (
+    COMPARES,
     NORMALIZERS,
     AdvantageStd,
     chosen,
@@ -85,6 +86,7 @@ def diffusion_nft(
         advantage=partial(
             summed_rewards, normalize=NORMALIZERS[advantage_std], clip=advantage_clip
         ),
+        compares=COMPARES[advantage_std],
         objective=NegativeAware(NFT_LOSSES[loss], mix, advantage_clip, scale, kl_coef),
         old_decay=partial(old_decay, start=decay_start, slope=decay_slope, most=decay_most),
         numbers=plan.numbers,
@@ -139,6 +141,7 @@ def awm(
             clip=advantage_clip,
             scale=advantage_scale,
         ),
+        compares=COMPARES[advantage_std],
         objective=MatchedRatio(
             WEIGHTINGS[weighting], clip_range, clip_range, off_policy, kl_coef, old_kl_coef
         ),
@@ -194,6 +197,7 @@ def dgpo(
         advantage=partial(
             summed_rewards, normalize=NORMALIZERS[advantage_std], clip=advantage_clip
         ),
+        compares=COMPARES[advantage_std],
         objective=GroupPreference(group_size, scale, kl_coef, anchor),
         old_decay=None if anchor == "reference" and old_from is None else decay,
         numbers=plan.numbers
@@ -230,6 +234,7 @@ def online_dpo(
         policy="forward",
         plan=lambda step: plan,
         advantage=partial(selected_samples, select=best_and_worst),
+        compares="group",
         objective=PairPreference(scale, "reference" if renew_every is None else "old"),
         prune=chosen,
         old_decay=None if renew_every is None else partial(renewal, every=renew_every),
@@ -257,6 +262,7 @@ def flow_dpo(*, num_draws: int = 1, scale: float = 5000.0) -> Method:
         policy="forward",
         plan=lambda step: plan,
         advantage=first_of_pairs,
+        compares="group",
         objective=PairPreference(scale),
         numbers=plan.numbers,
     )

@@ -186,6 +186,7 @@ def flow_gdpo(
         name="flow_gdpo",
         paper="GDPO, arXiv:2601.05242",
         advantage=partial(decoupled_rewards, eps=1e-4, ddof=0, clip=advantage_clip),
+        compares="rollout",
     )
 
 

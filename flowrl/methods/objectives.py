@@ -41,6 +41,14 @@ NORMALIZERS: dict[AdvantageStd, Normalize] = {
 }
 """How Flow-GRPO's code and its kin turn rewards into advantages, by the std that they divide by."""
 
+COMPARES: dict[AdvantageStd, Literal["group", "rollout"]] = {
+    "group": "group",
+    "global": "rollout",
+    "none": "group",
+    "leave_one_out": "group",
+}
+"""Whose scores such an advantage depends on."""
+
 
 def summed_rewards(
     scores: Scores,

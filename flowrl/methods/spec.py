@@ -231,6 +231,7 @@ class Method:
             sample descends are masked, so not counted in the mean either; None = all stay.
         old_decay: share of itself that the set `old` keeps, when it moves towards current after a
             rollout was learnt from, by the number of updates so far; None = `old` is not kept.
+        compares: whose scores an advantage depends on: those of its "group", or of the "rollout".
         numbers: what the plan was made from, for `describe`.
     """
 
@@ -244,6 +245,7 @@ class Method:
     weighting: Callable[[StepPlan, Tensor], Tensor] | None = None
     prune: Prune | None = None
     old_decay: Callable[[int], float] | None = None
+    compares: Literal["group", "rollout"] = "rollout"
     numbers: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

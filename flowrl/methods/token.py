@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from flowrl.methods.objectives import (
+    COMPARES,
     NORMALIZERS,
     AdvantageStd,
     ClippedRatio,
@@ -39,6 +40,7 @@ def grpo(
         advantage=partial(
             summed_rewards, normalize=NORMALIZERS[advantage_std], clip=advantage_clip
         ),
+        compares=COMPARES[advantage_std],
         objective=ClippedRatio(clip_low, clip_high, token_kl, kl_coef),
         numbers={"decisions": "every token"},
     )

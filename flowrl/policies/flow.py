@@ -9,7 +9,6 @@ Reading order: trajectory.py, `FlowPolicy.rollout`, `FlowPolicy.evaluate`; both 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -396,11 +395,9 @@ class FlowPolicy:
     def _rollout(
         self, batch: PromptBatch, latents: Tensor, evals: int, guidance_scale: float
     ) -> Rollout:
-        """The record of decoded samples."""
-        start = time.perf_counter()
-        images = self._decode(latents)
+        """The record of the samples."""
         rows = evals * guidance_rows(self.pipeline, guidance_scale)
-        return Rollout(batch, images, rows, time.perf_counter() - start)
+        return Rollout(batch, latents, rows, self._decode)
 
     def _decode(self, latents: Tensor) -> Tensor:
         size = self.decode_batch_size

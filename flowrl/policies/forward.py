@@ -156,7 +156,9 @@ class ForwardPolicy(SolvedPolicy):
             numbered = zip(batch.prompts, batch.member.tolist(), strict=True)
             images = load_images([prompt.images[member] for prompt, member in numbered])
             x0 = self.sampler.encode_images(images)
-            return Rollout(batch, images, 0), ForwardTrajectory(batch, plan, torch.zeros(1), x0)
+            return Rollout(batch, x0, 0, lambda _: images), ForwardTrajectory(
+                batch, plan, torch.zeros(1), x0
+            )
         with self.weights.use(plan.rollout_with):
             rollout, x0, sigmas = self.sampler.solve(
                 batch, num_steps=plan.num_steps, solver=plan.solver

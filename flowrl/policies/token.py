@@ -8,7 +8,6 @@ distribution function, so neither the batch it is in nor the rank changes it.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,14 +175,16 @@ class TokenPolicy:
         return torch.cat([self._draw(batch, part) for part in parts])
 
     def _decoded(self, batch: PromptBatch, tokens: Tensor, network_evals: int) -> Rollout:
-        """The record of complete tokens, with their images."""
-        start = time.perf_counter()
+        """The record of complete tokens."""
+        return Rollout(batch, tokens, network_evals, self._decode)
+
+    def _decode(self, tokens: Tensor) -> Tensor:
+        """Images [N, 3, H, W] of tokens [N, S], on the CPU."""
         images = [
             self.pipeline.decode(tokens[part].to(self.device)).float().cpu()
-            for part in _parts(len(batch), self.decode_batch_size)
+            for part in _parts(len(tokens), self.decode_batch_size)
         ]
-        seconds = time.perf_counter() - start
-        return Rollout(batch, torch.cat(images), network_evals, seconds)
+        return torch.cat(images)
 
     def _draw(self, batch: PromptBatch, part: Tensor) -> Tensor:
         """Tokens int64 [B, S] of the samples at `part` [B], position by position; on the CPU."""

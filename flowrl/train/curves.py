@@ -24,7 +24,7 @@ _SKILL_COLORS = (2, 3, 4, 5, 6, 8, 7)
 _PHASES = (
     ("perf/rollout_s", "rollout", 1),
     ("perf/decode_s", "decode", 2),
-    ("perf/reward_s", "reward", 3),
+    ("perf/reward_wait_s", "reward", 3),
     ("perf/train_s", "training", 4),
 )
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from flowrl.data.sampler import eval_batch
 from flowrl.protocols import Policy
 from flowrl.train.runfiles import write_json
-from flowrl.train.scoring import RewardSet
+from flowrl.train.scoring import RewardSet, read_samples
 from flowrl.train.wandb_run import Sample
 from flowrl.types import Prompt
 
@@ -71,10 +71,11 @@ class Evaluator:
             world_size=accelerator.num_processes,
         )
         with policy.weights.use(self.weights):
-            images = policy.sample(
+            drawn = policy.sample(
                 batch, num_steps=self.num_steps, guidance_scale=self.guidance_scale
-            ).images
-        scores = self.rewards.score(images, batch).rewards
+            )
+        images = drawn.images
+        scores = self.rewards.score(batch, **read_samples(drawn, self.rewards.inputs)).rewards
         shown = self._shown(len(self.prompts) * self.samples_per_prompt)
         rows = [
             {
@@ -96,6 +97,10 @@ class Evaluator:
         if folder is not None and accelerator.is_main_process:
             _write(folder, step, summary, kept)
         metrics = {f"eval/{n}/mean": v for n, v in summary["rewards"].items()}
+        for name in self.rewards.names:
+            lost = sum(row["rewards"][name] != row["rewards"][name] for row in rows)
+            if lost:
+                metrics[f"eval/{name}/invalid_frac"] = lost / len(rows)
         metrics |= {f"eval/skill/{tag}": value for tag, value in summary["skills"].items()}
         metrics |= {"eval/score": summary["score"]}
         for name in ("diversity", "distance"):

@@ -39,7 +39,11 @@ KEYS = {
     "train/num_decisions": "decisions that the step trained on, over all processes",
     "reward/<name>/mean": "mean of one reward over the rollout's samples for which it is valid",
     "reward/<name>/std": "standard deviation of one reward over the same samples",
+    "reward/<name>/invalid_frac": "share of the rollout's samples without a score of the reward",
+    "reward/<name>/failed_calls": "calls of the reward that raised or took too long, every try",
+    "reward/<name>/<component>": "mean of a part of its score that the reward reports beside it",
     "eval/<name>/mean": "mean of one reward over the held-out samples",
+    "eval/<name>/invalid_frac": "share of held-out samples without a score; absent when 0",
     "eval/score": "the one number of a held-out evaluation: the mean over skills of the first "
     "reward where prompts name skills (GenEval's overall score), else its mean over samples",
     "eval/skill/<tag>": "mean of the first reward over the held-out prompts of one skill",
@@ -50,7 +54,8 @@ KEYS = {
     "perf/step_time_s": "wall time of the training step, all phases, seconds",
     "perf/rollout_s": "wall time of sampling, without decoding, seconds",
     "perf/decode_s": "wall time of turning latents or tokens into images, seconds",
-    "perf/reward_s": "wall time of scoring, seconds",
+    "perf/reward_s": "time that the rewards of this process worked, summed over them, seconds",
+    "perf/reward_wait_s": "time that the step waited for scores, seconds: what was not hidden",
     "perf/train_s": "wall time of forward, backward and optimiser, seconds",
     "perf/images_per_s": "images sampled, scored and trained on per second, over all processes",
     "perf/nfe_per_image": "network evaluations of the rollout per image; guidance counts as two",
@@ -69,10 +74,11 @@ KEYS = {
 }
 
 _NAMES = re.compile(r"<\w+>")
-# A longer pattern is tried first, so that eval/skill/<tag> is not taken for eval/<name>/mean.
+# The pattern with the fewest names is tried first, then the longer one, so that eval/skill/<tag> is
+# not taken for eval/<name>/mean, nor reward/<name>/mean for a component called mean.
 _PATTERNS = {
     key: re.compile("[^/]+".join(re.escape(part) for part in _NAMES.split(key)))
-    for key in sorted(KEYS, key=len, reverse=True)
+    for key in sorted(KEYS, key=lambda key: (key.count("<"), -len(key)))
 }
 
 

@@ -8,11 +8,13 @@ roll out -> score -> advantages -> update, for both kinds of policy. Reading ord
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor
 
 from flowrl.config import Config, to_dict
@@ -23,16 +25,19 @@ from flowrl.protocols import Policy
 from flowrl.train import statefiles
 from flowrl.train.card import write_card
 from flowrl.train.checkpoint import Checkpoints, Together, check_same_run
+from flowrl.train.collect import Collector
 from flowrl.train.control import Clock, Interrupt
 from flowrl.train.evaluate import Evaluator
+from flowrl.train.judge import Judge, cut
+from flowrl.train.lessons import Part
 from flowrl.train.monitor import BEST, Monitor, read_note, write_note
 from flowrl.train.progress import Progress
 from flowrl.train.runfiles import replaced, write_json
-from flowrl.train.scoring import RewardSet, reward_metrics
+from flowrl.train.scoring import RewardSet, read_samples
 from flowrl.train.step import Learner, StepResult, total
 from flowrl.train.track import METRICS, Tracker
 from flowrl.train.wandb_run import batch_samples
-from flowrl.types import PromptBatch, Rollout, Scores, Tree
+from flowrl.types import PromptBatch, Scores
 
 _NUM_SHOWN = 16  # images of a rollout in a tracker's grid
 
@@ -78,6 +83,7 @@ class Trainer:
         self.guidance_rows = guidance_rows
         self.monitor = None if config.monitor.reward is None else Monitor(config)
         self.checkpoints = Checkpoints(run / "checkpoints", keep=config.checkpoint.keep)
+        self.collect = Collector(accelerator, config.scoring)
         self.train_seconds = 0.0
         self.network_evals = 0
         self._step = 0
@@ -171,25 +177,37 @@ class Trainer:
     def _train_step(self) -> None:
         """Rollout, scores, advantages, updates, metrics."""
         clock = Clock.started()
-        step = self._step
-        batch, plan = self.sampler(step), self.method.plan(step)
-        rollout, trajectory = self.policy.rollout(batch, plan)
-        rollout_s = clock.lap() - rollout.decode_s
-        scores = self.rewards.score(rollout.images, batch)
-        reward_s = clock.lap()
-        advantages, valid, metrics = self._advantages(scores, batch, trajectory.tree)
-        result = self.learner.learn(trajectory, batch, advantages, valid)
-        train_s = clock.lap()
+        batch, plan = self.sampler(self._step), self.method.plan(self._step)
+        parts, rollouts, answers = [], [], []
+        rollout_s = decode_s = 0.0
+        for index in cut(batch, self.config.scoring.parts):
+            rollout, trajectory = self.policy.rollout(batch.select(index), plan)
+            rollout_s += clock.lap()
+            samples = read_samples(rollout, self.rewards.inputs)
+            decode_s += clock.lap()
+            parts.append(Part(rollout.batch, trajectory))
+            rollouts.append(rollout)
+            answers.append(self._score(rollout.batch, samples))
+        judge = Judge(
+            self.method,
+            self.collect,
+            self.accelerator.process_index,
+            parts,
+            answers,
+            by_part=self._judges_parts,
+        )
+        result = self.learner.learn(parts, judge, streams=self._judges_parts)
+        metrics = judge.settle()
+        train_s = clock.lap() - judge.wait_s
         self._step += 1
         step_s = time.perf_counter() - clock.start
         self.train_seconds += step_s
         metrics |= {f"train/{name}": value for name, value in result.metrics.items()}
-        metrics |= self._counts(rollout, result, plan)
+        metrics |= self._counts(sum(each.network_evals for each in rollouts), result, plan)
         metrics |= {
             "perf/step_time_s": step_s,
             "perf/rollout_s": rollout_s,
-            "perf/decode_s": rollout.decode_s,
-            "perf/reward_s": reward_s,
+            "perf/decode_s": decode_s,
             "perf/train_s": train_s,
             "perf/max_memory_gb": max_memory_gb(self.accelerator.device),
         }
@@ -204,42 +222,28 @@ class Trainer:
         if self._step % track.log_every == 0:
             self.tracker.log(self._step, metrics)
         if track.image_every and self._step % track.image_every == 0:
-            samples = batch_samples(batch, scores.rewards, num=_NUM_SHOWN)
+            samples = batch_samples(batch, judge.scores.rewards, num=_NUM_SHOWN)
             captions = [sample.prompt for sample in samples]
-            images = rollout.images[:_NUM_SHOWN]
+            images = torch.cat([rollout.images for rollout in rollouts])[:_NUM_SHOWN]
             self.tracker.log_images(self._step, "samples/train", images, captions, samples)
 
-    def _advantages(
-        self, scores: Scores, batch: PromptBatch, tree: Tree | None
-    ) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """(advantages, which decisions count, reward metrics), made from all ranks' scores.
+    def _score(self, batch: PromptBatch, samples: dict[str, Tensor]) -> Callable[[], Scores]:
+        """The scores of some samples, when they are asked for; with several parts, from now on."""
+        if self.config.scoring.parts == 1:
+            return lambda: self.rewards.score(batch, **samples)
+        return self.rewards.start(batch, **samples)
 
-        The first two are this rank's [N] or [N, T], as the learner takes them.
-        """
-        gather = self._gather
-        everyone = Scores(
-            {name: gather(values) for name, values in scores.rewards.items()},
-            scores.weights,
-            gather(scores.valid),
-        )
-        group_id = gather(batch.group_id)
-        forest = None if tree is None else Tree(gather(tree.keys), gather(tree.log_prob))
-        advantages = self.method.advantage(everyone, group_id, forest)
-        valid = everyone.valid
-        if self.method.prune is not None:
-            valid = valid & self.method.prune(advantages, group_id, forest)
-        if forest is not None:
-            valid = forest.any_below(valid)
-        share = len(batch)
-        first = self.accelerator.process_index * share
-        mine = slice(first, first + share)
-        metrics = reward_metrics(everyone, advantages, group_id)
-        return advantages[mine], valid[mine], metrics
+    @property
+    def _judges_parts(self) -> bool:
+        """Whether a part is learnt from before the others have their scores."""
+        # DeepSpeed keeps its gradients to itself: they could not be corrected for invalid samples.
+        is_ours = self.accelerator.distributed_type != DistributedType.DEEPSPEED
+        return self.config.scoring.parts > 1 and self.method.compares == "group" and is_ours
 
-    def _counts(self, rollout: Rollout, result: StepResult, plan: Any) -> dict[str, float]:
+    def _counts(self, network_evals: int, result: StepResult, plan: Any) -> dict[str, float]:
         evals, rows, frozen = total(
             self.accelerator,
-            [float(n) for n in (rollout.network_evals, result.num_rows, result.num_frozen_rows)],
+            [float(n) for n in (network_evals, result.num_rows, result.num_frozen_rows)],
         )
         num_samples = self.sampler.num_groups * self.sampler.group_size
         per_row = self.guidance_rows
@@ -266,8 +270,9 @@ class Trainer:
         batch, plan = self.sampler(self._step), self.method.plan(self._step)
         few = first_samples(batch, 2 * self.learner.rows_per_chunk)
         rollout, trajectory = self.policy.rollout(few, plan)
-        pair = rollout.images[:1].repeat(2, 1, 1, 1) if len(few) < 2 else rollout.images[:2]
-        self.rewards.probe(pair, batch.prompts[0])
+        pair = torch.tensor([0, min(1, len(few) - 1)])
+        samples = read_samples(rollout, self.rewards.inputs)
+        self.rewards.probe(batch.prompts[0], **{key: each[pair] for key, each in samples.items()})
         if self.ratio_tolerance is None:
             self.progress.message(
                 f"first pass: {self.method.name} has no ratio of log-probs to check"
@@ -329,6 +334,7 @@ class Trainer:
             "train_seconds": self.train_seconds,
             "network_evals": self.network_evals,
             "evaluated": self._evaluated,
+            "breaker": self.collect.breaker.state_dict(),
             "monitor": None if self.monitor is None else self.monitor.state_dict(),
             "config": to_dict(self.config),
         }
@@ -346,6 +352,7 @@ class Trainer:
         self.train_seconds = extra["train_seconds"]
         self.network_evals = extra.get("network_evals", 0)  # older checkpoints did not count
         self._evaluated = extra["evaluated"]
+        self.collect.breaker.load_state_dict(extra.get("breaker"))
         if self.monitor is not None:
             self.monitor.load_state_dict(extra.get("monitor"))
         return self._step
@@ -371,9 +378,6 @@ class Trainer:
                 "reason": reason,
             }
             write_json(self.run_folder / "status.json", status)
-
-    def _gather(self, values: Tensor) -> Tensor:
-        return self.accelerator.gather(values.to(self.accelerator.device)).cpu()  # type: ignore[no-any-return]
 
     def _any(self, flag: bool) -> bool:
         """Whether any rank says so: all ranks must leave the loop together."""

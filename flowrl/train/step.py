@@ -2,11 +2,12 @@
 
 The loss of an update is a sum over decisions divided by ONE denominator, the number of unmasked
 decisions of that update on all ranks, so gradients depend neither on chunks nor on the world size.
-Reading order: `Learner.learn`, `_update`, `_chunks`.
+Reading order: `Learner.learn`, `_backward`, `_chunks`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 
 from flowrl.errors import NonFiniteError
 from flowrl.methods.spec import Loss, Method
-from flowrl.protocols import Policy, Stepped, Trajectory, View
-from flowrl.types import Chunk, Decisions, PromptBatch
+from flowrl.protocols import Policy, Trajectory, View
+from flowrl.train.lessons import Judged, Lesson, Lessons, Part, like
+from flowrl.types import Chunk, Decisions
 
 
 @dataclass
@@ -114,45 +116,52 @@ class Learner:
         self.num_updates = 0
 
     def learn(
-        self, trajectory: Trajectory, batch: PromptBatch, advantages: Tensor, valid: Tensor
+        self, parts: Sequence[Part], judged: Callable[[int], Judged], *, streams: bool = False
     ) -> StepResult:
         """All updates of a step.
 
         Args:
-            trajectory: what the rollout stored.
-            batch: the samples.
-            advantages: [N], or [N, T] of the step that each sample took; detached.
-            valid: bool [N] or [N, T], False = the decision is masked.
+            parts: of the rollout, in the order of the batch. A part is judged after the parts
+                before it were learnt from.
+            judged: number of a part -> its advantages; may wait for them.
+            streams: the advantages of later parts may not be known yet: an update's gradient is
+                summed over the denominator of a rollout without invalid samples, and corrected at
+                the end by how many there were.
 
         Afterwards the set `old` follows, where the method keeps one.
 
         Raises:
             NonFiniteError: a loss or gradient is not finite; the weights are as before the update.
         """
-        data = trajectory.decisions
-        data = replace(data, mask=data.mask & _like(_per_decision(valid, data), data.mask))
-        num_recomputed = 0
+        stored = [part.trajectory.decisions for part in parts]
+        num_frozen = 0
         if self.recompute_old_log_prob:
-            data, num_recomputed = self._recomputed(trajectory, data), trajectory.num_rows
-        advantage = _like(_per_decision(advantages, data), data.mask).float()
-        advantage = advantage.expand(data.mask.shape)
-        weight = self._weight(trajectory, data)
-        update_of = batch.update[data.sample]
+            stored = [
+                self._recomputed(part.trajectory, data)
+                for part, data in zip(parts, stored, strict=True)
+            ]
+            num_frozen = sum(part.trajectory.num_rows for part in parts)
+        lessons = Lessons(self.method, parts, stored, judged)
         sums, norms, num_decisions, num_rows = Sums(), [], 0.0, 0
+        last = max(int(part.batch.update.max()) for part in parts)
         for _ in range(self.epochs):
-            for update in range(int(highest(self.accelerator, int(batch.update.max()))) + 1):
-                mine = update_of == update
-                denominator = total(self.accelerator, [float(data.mask[mine].sum())])[0]
+            for update in range(int(highest(self.accelerator, last)) + 1):
+                counted = lessons.expected(update) if streams else lessons.counted(update)
+                denominator = total(self.accelerator, [counted])[0]
+                rows = self._backward(lessons, update, denominator, sums)
+                if streams:
+                    found = total(self.accelerator, [lessons.counted(update)])[0]
+                    self._rescale(denominator, found)
+                    denominator = found
                 num_decisions += denominator
-                chunks = self._chunks(trajectory, data, advantage, weight, mine)
-                if chunks:
-                    num_rows += sum(len(torch.unique(data.row[index])) for index, _ in chunks)
-                    norms.append(self._update(trajectory, chunks, denominator, sums))
+                num_rows += rows
+                if rows:
+                    norms.append(self._step_optimizer())
         metrics = sums.reduce(self.accelerator, num_decisions)
         metrics["grad_norm"] = sum(norms) / max(len(norms), 1)
         if self.method.old_decay is not None:
             self.policy.weights.update_old(self.method.old_decay(self.num_updates))
-        num_frozen = num_recomputed + num_rows * len(self.method.objective.needs.sets)
+        num_frozen += num_rows * len(self.method.objective.needs.sets)
         return StepResult(metrics, num_rows, num_frozen, int(num_decisions))
 
     def first_ratio_deviation(self, trajectory: Trajectory) -> float:
@@ -164,28 +173,52 @@ class Learner:
         deviation = torch.expm1(again.old_log_prob - data.old_log_prob)[data.mask].abs()
         return highest(self.accelerator, float(deviation.max()) if deviation.numel() else 0.0)
 
-    def _update(
+    def _backward(self, lessons: Lessons, update: int, denominator: float, sums: Sums) -> int:
+        """Sums an update's gradient over the parts; the number of rows that it evaluated."""
+        accelerator, num_rows = self.accelerator, 0
+        numbers = lessons.parts_of(update)
+        for number in numbers:
+            is_last = number == numbers[-1]
+            lesson = lessons[number]
+            # The gradients of ranks are joined in the last backward, so there must be one.
+            least = int(is_last and num_rows > 0 and accelerator.num_processes > 1)
+            chunks = self._chunks(lesson, lesson.update == update, least)
+            for position, (index, chunk) in enumerate(chunks):
+                joins = is_last and position == len(chunks) - 1
+                with nullcontext() if joins else accelerator.no_sync(self.network):
+                    self._backward_chunk(lesson.trajectory, index, chunk, denominator, sums)
+                num_rows += len(torch.unique(lesson.data.row[index]))
+        return num_rows
+
+    def _backward_chunk(
         self,
         trajectory: Trajectory,
-        chunks: list[tuple[Tensor, Chunk]],
+        index: Tensor,
+        chunk: Chunk,
         denominator: float,
         sums: Sums,
-    ) -> float:
-        """One optimiser update over (index, chunk) pairs; the gradient's norm before clipping."""
+    ) -> None:
+        new = self.policy.evaluate(trajectory, index)
+        old, reference = (self._seen_by(s, trajectory, index) for s in ("old", "reference"))
+        loss = weighted(self.method.objective(new, old, reference, chunk), chunk.weight)
+        value = self.method.aggregate(loss.values, chunk.decisions.mask, denominator)
+        if not torch.isfinite(value):
+            raise _not_finite(new, chunk)
+        # DDP averages the gradients of ranks; the denominator is of all ranks already.
+        self.accelerator.backward(value * self.accelerator.num_processes)
+        sums.add(loss, chunk.decisions.mask)
+
+    def _rescale(self, expected: float, found: float) -> None:
+        """The gradient over `found` decisions, of one over `expected`."""
+        if found in (0, expected):
+            return
+        for parameter in self.network.parameters():
+            if parameter.grad is not None:
+                parameter.grad *= expected / found
+
+    def _step_optimizer(self) -> float:
+        """One optimiser update; the gradient's norm before clipping."""
         accelerator = self.accelerator
-        for position, (index, chunk) in enumerate(chunks):
-            is_last = position == len(chunks) - 1
-            with nullcontext() if is_last else accelerator.no_sync(self.network):
-                new = self.policy.evaluate(trajectory, index)
-                old, reference = (self._seen_by(s, trajectory, index) for s in ("old", "reference"))
-                loss = self.method.objective(new, old, reference, chunk)
-                loss = weighted(loss, chunk.weight)
-                value = self.method.aggregate(loss.values, chunk.decisions.mask, denominator)
-                if not torch.isfinite(value):
-                    raise _not_finite(new, chunk)
-                # DDP averages the gradients of ranks; the denominator is of all ranks already.
-                accelerator.backward(value * accelerator.num_processes)
-            sums.add(loss, chunk.decisions.mask)
         norm = float(accelerator.clip_grad_norm_(self.network.parameters(), self.max_grad_norm))
         # A grad scaler (fp16) meets infinities by design: it skips the update and scales down.
         if not norm < float("inf") and accelerator.scaler is None:
@@ -201,43 +234,29 @@ class Learner:
             self.policy.weights.update_ema(self.num_updates // self.ema_every)
         return norm
 
-    def _chunks(
-        self,
-        trajectory: Trajectory,
-        data: Decisions,
-        advantage: Tensor,
-        weight: Tensor | None,
-        mine: Tensor,
-    ) -> list[tuple[Tensor, Chunk]]:
+    def _chunks(self, lesson: Lesson, mine: Tensor, least: int) -> list[tuple[Tensor, Chunk]]:
         """(index, chunk) pairs, as many on every rank: a rank with fewer adds masked ones.
 
         Decisions without an advantage, where the objective needs one, teach nothing: they are left
         out, and stay in the denominator.
         """
+        data, advantage = lesson.data, lesson.advantage
         needs_one = self.method.objective.needs.advantage
         teaches = data.mask & (advantage != 0) if needs_one else data.mask
         live = (mine & teaches.flatten(1).any(1) if teaches.ndim > 1 else mine & teaches).nonzero()
         device = self.accelerator.device
         chunks = []
-        for index in self._split(trajectory, live.flatten()):
+        for index in self._split(lesson.trajectory, live.flatten()):
             part = data.select(index).to(device)
-            mine_weight = None if weight is None else weight[index].to(device)
-            chunks.append((index, Chunk(part, advantage[index].to(device), mine_weight)))
-        missing = int(highest(self.accelerator, len(chunks))) - len(chunks)
+            weight = None if lesson.weight is None else lesson.weight[index].to(device)
+            chunks.append((index, Chunk(part, advantage[index].to(device), weight)))
+        missing = int(highest(self.accelerator, max(len(chunks), least))) - len(chunks)
         if missing:
             first = data.select(torch.tensor([0])).to(device)
             masked = replace(first, mask=torch.zeros_like(first.mask))
             filler = Chunk(masked, torch.zeros_like(first.old_log_prob))
             chunks += [(torch.tensor([0]), filler)] * missing
         return chunks
-
-    def _weight(self, trajectory: Trajectory, data: Decisions) -> Tensor | None:
-        """The method's weight of every decision [E], None where it has none."""
-        if self.method.weighting is None:
-            return None
-        if not isinstance(trajectory, Stepped):
-            raise ValueError(f"{self.method.name} weights sampler steps, and tokens have none")
-        return self.method.weighting(trajectory.plan, trajectory.sigmas).float()[data.step]
 
     def _split(self, trajectory: Trajectory, index: Tensor) -> list[Tensor]:
         """The decisions at `index`, ascending, cut between units of the trajectory.
@@ -283,7 +302,7 @@ def weighted(loss: Loss, weight: Tensor | None) -> Loss:
     """The loss with its values times a weight per decision [E]; what is logged beside stays."""
     if weight is None:
         return loss
-    return replace(loss, values=loss.values * _like(weight, loss.values))
+    return replace(loss, values=loss.values * like(weight, loss.values))
 
 
 def total(accelerator: Accelerator, values: list[float]) -> list[float]:
@@ -296,16 +315,6 @@ def highest(accelerator: Accelerator, value: float) -> float:
     """The highest of a value over all ranks."""
     tensor = torch.tensor([value], dtype=torch.float64).to(accelerator.device)
     return float(accelerator.gather(tensor).max())
-
-
-def _per_decision(values: Tensor, data: Decisions) -> Tensor:
-    """[E]: each decision's entry of values [N] per sample or [N, T] per sample and step."""
-    return values[data.sample] if values.ndim == 1 else values[data.sample, data.step]
-
-
-def _like(values: Tensor, shaped: Tensor) -> Tensor:
-    """Per-decision values [E] with the dims of [E, ...]."""
-    return values.reshape(values.shape + (1,) * (shaped.ndim - 1))
 
 
 def _not_finite(new: View, chunk: Chunk) -> NonFiniteError:

@@ -24,11 +24,16 @@ Result = TypeVar("Result")
 _LOG = logging.getLogger(__name__)
 _AGAIN = (408, 425, 429)  # besides 5xx
 _LONGEST_PAUSE_S = 30.0
+_FAILURES = 2  # of a reward, after which waiting for it to succeed would not help
 _LONGEST_BAN_S = 60.0
 
 
 class RemoteError(ConnectionError):
     """Raised when no server gave a sound answer; names the last one, the tries and the reason."""
+
+
+class RemoteFailed(RuntimeError):
+    """Raised when the servers answer that the reward fails on these samples: fewer may do."""
 
 
 class RemoteRefused(ValueError):
@@ -132,17 +137,20 @@ class Servers:
 
         Raises:
             RemoteError: no sound answer within the bounds.
+            RemoteFailed: the reward fails on this question.
             RemoteRefused: a server says that the question is wrong, or `read` raised it.
         """
-        started, patience = time.monotonic(), self._patience
+        started, patience, num_failed = time.monotonic(), self._patience, 0
         stop = stop or threading.Event()
         for tries in range(1, patience.retries + 2):
             server = self._take()
             try:
                 result = read(self._send(server, path, body))
             except (_NoAnswer, WireError) as error:
-                self._give_back(server, failed=not isinstance(error, _NoAnswer) or error.is_ban)
+                is_reward = isinstance(error, _NoAnswer) and not error.is_ban
+                self._give_back(server, failed=not is_reward)
                 reason = str(error)
+                num_failed += is_reward
             except BaseException:
                 self._give_back(server, failed=None)
                 raise
@@ -152,7 +160,8 @@ class Servers:
             pause = min(patience.backoff_s * 2 ** (tries - 1), _LONGEST_PAUSE_S)
             pause *= self._random.uniform(0.5, 1.0)
             spent = time.monotonic() - started
-            if tries > patience.retries or spent + pause > patience.total_s:
+            is_over = tries > patience.retries or spent + pause > patience.total_s
+            if is_over or num_failed > _FAILURES:
                 break
             _LOG.warning("%s: %s: %s; try %d follows in %.1f s", server.url, what, reason,
                          tries + 1, pause)  # fmt: skip
@@ -160,10 +169,13 @@ class Servers:
                 break
         count = f"{tries} tries in {spent:.0f} s" if tries > 1 else "1 try"
         others = f" (of {len(self)} servers)" if len(self) > 1 else ""
-        raise RemoteError(
+        message = (
             f"{server.url}{others}: {what}: no sound answer after {count}; the last reason: "
-            f"{reason}; see that the server runs, or raise retries and total_s"
+            f"{reason}"
         )
+        if is_reward:
+            raise RemoteFailed(message)
+        raise RemoteError(f"{message}; see that the server runs, or raise retries and total_s")
 
     def close(self) -> None:
         """Close the connections; the next question opens them again."""

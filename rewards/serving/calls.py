@@ -163,6 +163,8 @@ def call(served: Served, request: Request) -> Tensor:
         reason = f"{type(error).__name__}: {error}"
         raise RewardFailed(f"reward {served.name!r} raised {reason}") from error
     num = len(request)
+    if isinstance(output, Mapping):  # its components stay here
+        output = output.get("score")
     if not isinstance(output, Tensor) or output.shape != (num,) or not output.is_floating_point():
         got = (
             f"{output.dtype} {list(output.shape)}"

@@ -221,6 +221,7 @@ class RemoteReward(_Remote):
         Raises:
             ValueError: an input that it reads is missing or cannot be sent; the server refuses.
             RemoteError: no server gave a sound answer within the bounds.
+            RemoteFailed: the reward itself failed on these samples; fewer of them may do.
         """
         given = {"images": images, "prompts": prompts, "metadata": metadata}
         chosen = {name: given[name] for name in self.inputs}

@@ -30,7 +30,7 @@ def test_the_reward_of_the_readme_trains(tmp_path: Path, monkeypatch: pytest.Mon
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_reward.py").write_text(block("python", "my_reward.py"))
-    typed = shlex.split(block("bash", "my_reward.py:score"))
+    typed = shlex.split(block("bash", '[{name: "./my_reward.py:score'))
     assert typed[0] == "flowrl"
     small = [
         "run.steps=1", "data.num_groups=1", "data.group_size=2", "eval.every=0",

@@ -447,7 +447,7 @@ class DrawsByPosition(FlowPolicy):
 class Undecoded(FlowPolicy):
     def rollout(self, batch: PromptBatch, plan: Any) -> Drawn:
         rollout, trajectory = super().rollout(batch, plan)
-        return replace(rollout, images=rollout.images - 0.5), trajectory
+        return replace(rollout, decode=lambda x: rollout.decode(x) - 0.5), trajectory
 
 
 class Stored(FlowPolicy):
@@ -641,6 +641,31 @@ class RanksTheBatch(Good):
         return super().score(images=images).argsort().argsort() / 10
 
 
+class OneScorePerPrompt(Good):
+    inputs = ("images", "prompts")
+
+    def score(self, *, images: Tensor, prompts: list[str]) -> Tensor:  # type: ignore[override]
+        by_prompt = dict(zip(prompts, super().score(images=images), strict=True))
+        return torch.stack([by_prompt[prompt] for prompt in prompts])
+
+
+class CannotScoreOne(Good):
+    def score(self, *, images: Tensor) -> Tensor:
+        if len(images) == 1:
+            raise ValueError("needs two")
+        return super().score(images=images)
+
+
+class NoScoreAmongItsComponents(Good):
+    def score(self, *, images: Tensor) -> Any:
+        return {"brightness": super().score(images=images)}
+
+
+class ComponentOfAnotherLength(Good):
+    def score(self, *, images: Tensor) -> Any:
+        return {"score": super().score(images=images), "red": images[:1, 0].mean().reshape(1)}
+
+
 class ZeroForNaN(Good):
     def score(self, *, images: Tensor) -> Tensor:
         return super().score(images=images).nan_to_num(0.0)
@@ -664,6 +689,10 @@ REWARD = {
     Random: "the scores must be the same for the same batch again",
     Sorts: "with the batch backwards",
     RanksTheBatch: 'with scope "sample" the scores must be the same one by one',
+    OneScorePerPrompt: "samples of one prompt must be the same one by one",
+    CannotScoreOne: "a call with 1 samples must be answered; got ValueError: needs two",
+    NoScoreAmongItsComponents: "must be called 'score'",
+    ComponentOfAnotherLength: "as 'red', one value per sample",
     ZeroForNaN: "must be NaN .*; got 0",
     OneNaNForAll: "beside an image of NaN",
 }
@@ -676,6 +705,30 @@ def test_the_unbroken_reward_conforms() -> None:
 @pytest.mark.parametrize(("cls", "message"), REWARD.items(), ids=lambda each: str(each)[:40])
 def test_broken_reward_is_refused(cls: Callable[[], Any], message: str) -> None:
     with pytest.raises((AssertionError, RewardError), match=message):
+        check_reward(cls())
+
+
+def test_rewards_of_films_texts_and_latents_conform() -> None:
+    class Films(Good):
+        inputs = ("videos",)
+
+        def score(self, *, videos: Tensor) -> Tensor:  # type: ignore[override]
+            return videos.mean(dim=(1, 2, 3, 4))
+
+    class Words(Good):
+        inputs = ("texts",)
+
+        def score(self, *, texts: list[str]) -> Any:  # type: ignore[override]
+            digits = torch.tensor([float(text.split()[1]) for text in texts]) / 10
+            return {"score": digits, "length": torch.tensor([float(len(text)) for text in texts])}
+
+    class Latents(Good):
+        inputs = ("latents",)
+
+        def score(self, *, latents: Tensor) -> Tensor:  # type: ignore[override]
+            return latents.mean(dim=(1, 2, 3))
+
+    for cls in (Films, Words, Latents):
         check_reward(cls())
 
 

@@ -231,7 +231,7 @@ def test_pref_grpo_standardises_the_win_rates_of_each_group() -> None:
     batch = make_batch()
     level, groups = images.mean(dim=(1, 2, 3)).tolist(), batch.group_id.tolist()
     judged = RewardSet([("win", rewards.load("win_rate", judge="brightness"), 1.0)])
-    scored = judged.score(images, batch)
+    scored = judged.score(batch, images=images)
     rates = guarded_oracles.group_win_rates(level, groups)
     torch.testing.assert_close(scored.rewards["win"], torch.tensor(rates))
     expected = oracles.normalized_advantages([rates], groups, [1.0])

@@ -21,7 +21,8 @@ from torch import Tensor
 from flowrl.data.noise import sample_noise
 from flowrl.functional.aggregate import aggregate
 from flowrl.methods import METHODS, Method
-from flowrl.train.step import _per_decision, weighted
+from flowrl.train.lessons import per_decision
+from flowrl.train.step import weighted
 from flowrl.types import Chunk, PromptBatch
 from tests.methods import oracles, tree_oracles
 from tests.methods.test_oracles import (
@@ -87,7 +88,7 @@ def tree_loss(
     valid = scored.valid
     if method.prune is not None:
         valid = valid & method.prune(advantages, group_id, trajectory.tree)
-    mask = data.mask & _per_decision(trajectory.tree.any_below(valid), data)
+    mask = data.mask & per_decision(trajectory.tree.any_below(valid), data)
     new, reference = policy.evaluate(trajectory, torch.arange(len(data.row))), None
     if "reference" in method.objective.needs.sets:
         with torch.no_grad(), policy.weights.use("reference"):
@@ -95,7 +96,7 @@ def tree_loss(
     weight = None
     if method.weighting is not None:
         weight = method.weighting(trajectory.plan, trajectory.sigmas)[data.step]
-    loss = method.objective(new, None, reference, Chunk(data, _per_decision(advantages, data)))
+    loss = method.objective(new, None, reference, Chunk(data, per_decision(advantages, data)))
     metrics = {name: values[mask] for name, values in loss.metrics.items()}
     return aggregate(weighted(loss, weight).values, mask, float(mask.sum())), metrics
 

@@ -79,7 +79,7 @@ class ToySampler:
         for sigma, sigma_next in pairwise(sigmas):
             level = sigma.double().expand(len(x))
             x, _ = solver(x, self.velocity(batch, x, level, everyone), level, sigma_next)
-        return Rollout(batch, self.pipeline.decode(x), len(x) * num_steps), x, sigmas
+        return Rollout(batch, x, len(x) * num_steps, self.pipeline.decode), x, sigmas
 
     def velocity(self, batch: PromptBatch, x_t: Tensor, sigma: Tensor, sample: Tensor) -> Tensor:
         return self.field(self.pipeline.network)(batch, x_t, sigma, sample)

@@ -121,6 +121,8 @@ def mask2former_and_clip() -> Iterable[nn.Module]:
     config = Mask2FormerConfig(backbone_config=swin, num_queries=200, num_labels=80)
     yield Mask2FormerForUniversalSegmentation(config)
     yield from clip_l()
+
+
 def qwen2_7b() -> Iterable[nn.Module]:
     yield qwen2(3584, 18944, 28, 4, tokens=151657 + 1)
 
@@ -131,6 +133,7 @@ def qwen2_2b() -> Iterable[nn.Module]:
 
 def qwen2(width: int, inner: int, heads: int, kv_heads: int, *, tokens: int) -> nn.Module:
     from transformers import Qwen2VLConfig, Qwen2VLModel
+
     text = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": 28,
             "num_attention_heads": heads, "num_key_value_heads": kv_heads,
             "vocab_size": tokens}  # fmt: skip

@@ -189,7 +189,7 @@ def test_by_name_it_conforms_and_each_group_of_a_batch_is_compared_by_itself() -
     rewards_of_run = RewardSet([("win", reward, 1.0)], batch_size=2)
     assert rewards_of_run.group_scope
     images = flat([0.5, 0.0, 0.6, 0.9, 0.7, 0.4, 0.1])
-    rates = rewards_of_run.score(images, batch).rewards["win"]
+    rates = rewards_of_run.score(batch, images=images).rewards["win"]
     # Of the even ones .1 < .5 < .6 < .7, of the odd ones 0 < .4 < .9.
     expected = torch.tensor([1 / 3, 0, 2 / 3, 1, 1, 0.5, 0])
     torch.testing.assert_close(rates, expected)

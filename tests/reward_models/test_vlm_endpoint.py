@@ -94,11 +94,11 @@ def test_requests_are_under_way_together_and_answers_keep_their_order() -> None:
     def reply(request: dict[str, Any]) -> Reply:
         index = images_of(request)[0].getpixel((0, 0))[0]
         came[index].set()
-        assert came[index + 1].wait(60), "the next request never came: they are not concurrent"
+        assert came[index + 1].wait(30), "the next request never came: they are not concurrent"
         return completion(str(index))
 
     with serve(reply) as served:
-        reward = judge(served, mode="score", endpoint={"concurrency": 4})
+        reward = judge(served, mode="score", endpoint={"concurrency": 4, "retries": 0})
         out = reward.score(images=images, prompts=["x"] * 4)
     assert out["score"].tolist() == [0, 1, 2, 3]
 
@@ -206,6 +206,14 @@ def test_a_refusal_is_not_tried_again_and_stops_the_others(small: Tensor) -> Non
         with pytest.raises(ConnectionError, match=r"it refused: HTTP 404: .*no such model"):
             reward.score(images=small[:1].expand(50, 3, 5, 4), prompts=["x"] * 50)
         assert len(served.requests) == 1
+
+
+def test_a_request_that_fails_for_good_stops_the_others(small: Tensor) -> None:
+    with serve(always(body({"error": "out of memory"}, status=500))) as served:
+        reward = judge(served, mode="score", endpoint={"concurrency": 1, "retries": 1})
+        with pytest.raises(ConnectionError, match="2 tries failed"):
+            reward.score(images=small[:1].expand(50, 3, 5, 4), prompts=["x"] * 50)
+        assert len(served.requests) == 2
 
 
 def test_nobody_there_is_an_error(small: Tensor) -> None:

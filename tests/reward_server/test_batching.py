@@ -76,12 +76,20 @@ def test_whatever_the_order_of_arrival_each_request_gets_its_own_scores(seed: in
     assert max(reward.calls) <= 8 and sum(reward.calls) == sum(map(len, levels))
 
 
-def test_what_waits_together_fills_calls_in_the_order_of_arrival() -> None:
-    # 3 + 4 fit into 8 and so does the later 1; the 5 in between waits for the next call.
-    requests = [ask([0.5] * num) for num in (3, 4, 5, 1, 2)]
+@pytest.mark.parametrize(
+    ("sizes", "calls"),
+    [
+        ((3, 4, 5, 1), [8, 5]),  # 5 does not fit beside 3 and 4, the 1 behind it does
+        ((3, 4, 5, 2), [7, 7]),  # 2 does not either, and no request is torn apart to fill the call
+    ],
+)
+def test_what_waits_together_fills_calls_in_the_order_of_arrival(
+    sizes: tuple[int, ...], calls: list[int]
+) -> None:
+    requests = [ask([0.5] * num) for num in sizes]
     reward = Recorded()
     run_batched(reward, lambda batcher: all_scores(batcher, requests))
-    assert reward.calls == [8, 7]
+    assert reward.calls == calls
 
 
 def test_images_of_different_sizes_are_not_joined() -> None:

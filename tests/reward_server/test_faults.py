@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from rewards.serving import balance
-from rewards.serving.balance import RemoteError, RemoteRefused
+from rewards.serving.balance import RemoteError, RemoteFailed, RemoteRefused
 from rewards.serving.calls import Served, declare
 from rewards.serving.client import RemoteReward
 from rewards.serving.worker import start_worker
@@ -81,7 +81,7 @@ def gives_up(spoil: proxy.Spoil, reason: str) -> None:
         serving(served("bright", Recorded()), max_wait_s=0.0) as server,
         proxy.Proxy(server.url, *[spoil] * 99) as between,
     ):
-        with pytest.raises(RemoteError) as caught:
+        with pytest.raises((RemoteError, RemoteFailed)) as caught:
             remote(between.url, retries=2).score(images=IMAGES)
         assert between.num_asked == 3
         text = str(caught.value)
@@ -159,7 +159,7 @@ def is_poisoned() -> None:
     with serving(served("bright", Recorded())) as server:
         client = remote(server.url, retries=1)
         with pytest.raises(
-            RemoteError, match="status 500: reward 'bright' raised RuntimeError: po"
+            RemoteFailed, match="status 500: reward 'bright' raised RuntimeError: po"
         ):
             client.score(images=images)
         assert_same(client.score(images=IMAGES))
@@ -201,7 +201,7 @@ def worker_is_killed() -> None:
 def worker_dies_of_a_sample() -> None:
     def check(worker: Any, server: Running) -> None:
         client = remote(server.url, retries=0)
-        with pytest.raises(RemoteError, match=r"died twice on this request \(exit code 9\)"):
+        with pytest.raises(RemoteFailed, match=r"died twice on this request \(exit code 9\)"):
             client.score(images=flat([1.0]))
         assert_same(client.score(images=IMAGES))
 
@@ -213,7 +213,7 @@ def worker_hangs() -> None:
         client = remote(server.url, retries=0)
         assert_same(client.score(images=IMAGES))
         worker._process._link.settimeout(1.0)  # the first call had its time to import torch
-        with pytest.raises(RemoteError, match="did not answer within"):
+        with pytest.raises(RemoteFailed, match="did not answer within"):
             client.score(images=flat([0.0]))
         assert_same(client.score(images=IMAGES))
         assert worker.num_restarts == 1

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from flowrl.errors import ConfigError, RewardError, ShapeError
 from flowrl.toys import SymbolReward, TargetReward, ToyFlowPipeline, ToyTokenPipeline, token_prompts
-from flowrl.train.scoring import RewardSet, reward_metrics
+from flowrl.train.attempts import Patience
+from flowrl.train.collect import reward_metrics
+from flowrl.train.scoring import RewardSet
 from flowrl.types import Prompt, PromptBatch
 
 IMAGES = torch.linspace(0, 1, 5)[:, None, None, None].expand(5, 3, 2, 2).contiguous()
@@ -82,7 +84,9 @@ def only(reward: Brightness) -> RewardSet:
 
 def test_each_reward_gets_exactly_what_it_declares() -> None:
     bright, bonus = Brightness(), Bonus()
-    scores = RewardSet([("bright", bright, 1.0), ("bonus", bonus, 0.5)]).score(IMAGES, batch())
+    scores = RewardSet([("bright", bright, 1.0), ("bonus", bonus, 0.5)]).score(
+        batch(), images=IMAGES
+    )
     assert [set(call) for call in bright.calls] == [{"images"}]
     assert bonus.calls == [
         {"prompts": [f"prompt {i}" for i in range(5)], "metadata": [{"bonus": i} for i in range(5)]}
@@ -97,7 +101,7 @@ def test_each_reward_gets_exactly_what_it_declares() -> None:
 def test_chunks_do_not_change_scores(batch_size: int) -> None:
     bright = Brightness()
     rewards = RewardSet([("a", bright, 1.0), ("b", Bonus(), 1.0)], batch_size=batch_size)
-    scores = rewards.score(IMAGES, batch())
+    scores = rewards.score(batch(), images=IMAGES)
     torch.testing.assert_close(scores.rewards["a"], torch.linspace(0, 1, 5))
     assert scores.rewards["b"].tolist() == [0, 1, 2, 3, 4]
     assert max(len(call["images"]) for call in bright.calls) == min(batch_size, 5)
@@ -106,7 +110,7 @@ def test_chunks_do_not_change_scores(batch_size: int) -> None:
 def test_a_group_reward_sees_each_group_whole_whatever_the_chunks() -> None:
     spread = Spread()
     rewards = RewardSet([("spread", spread, 1.0)], batch_size=1)
-    scores = rewards.score(IMAGES, batch(group_id=[7, 3, 7, 3, 7]))
+    scores = rewards.score(batch(group_id=[7, 3, 7, 3, 7]), images=IMAGES)
     # Groups {0, .5, 1} with mean .5 and {.25, .75} with mean .5.
     torch.testing.assert_close(scores.rewards["spread"], torch.tensor([0.5, 0.25, 0.0, 0.25, 0.5]))
     assert len(spread.calls) == 2 and rewards.group_scope == rewards.names
@@ -118,14 +122,16 @@ def test_a_value_that_is_not_finite_is_invalid_and_never_zero(bad: float) -> Non
         values[2] = bad
         return values
 
-    scores = only(Returns(spoil)).score(IMAGES, batch())
+    scores = only(Returns(spoil)).score(batch(), images=IMAGES)
     assert scores.rewards["mine"].isnan().tolist() == [False, False, True, False, False]
     assert scores.valid.tolist() == [True, True, False, True, True]
 
 
 def test_a_monitor_is_measured_but_neither_weighs_nor_invalidates() -> None:
     monitor = Returns(lambda values: values * torch.nan)
-    scores = RewardSet([("a", Brightness(), 2.0), ("m", monitor, 0.0)]).score(IMAGES, batch())
+    scores = RewardSet([("a", Brightness(), 2.0), ("m", monitor, 0.0)]).score(
+        batch(), images=IMAGES
+    )
     assert scores.rewards["m"].isnan().all()
     assert scores.weights == {"a": 2.0}
     assert scores.valid.all()
@@ -147,38 +153,24 @@ def test_an_output_that_breaks_the_promise_is_refused(
     change: Callable[[Tensor], Any], expected: str
 ) -> None:
     with pytest.raises(RewardError, match=f"^reward 'mine' .*{expected}"):
-        only(Returns(change)).score(IMAGES, batch())
+        only(Returns(change)).score(batch(), images=IMAGES)
 
 
 def test_float_rounding_at_the_ends_of_the_range_is_accepted() -> None:
-    scores = only(Returns(lambda values: values.double() + 1e-6)).score(IMAGES, batch())
+    scores = only(Returns(lambda values: values.double() + 1e-6)).score(batch(), images=IMAGES)
     assert scores.rewards["mine"].dtype == torch.float32
-
-
-def test_an_exception_inside_a_reward_is_chained_and_says_with_what_it_was_called() -> None:
-    def fail(values: Tensor) -> Tensor:
-        raise KeyError("include")
-
-    with pytest.raises(
-        RewardError, match=r"'mine' raised KeyError: 'include'.*images \(5, 3, 2, 2"
-    ):
-        only(Returns(fail)).score(IMAGES, batch())
-    try:
-        only(Returns(fail)).score(IMAGES, batch())
-    except RewardError as error:
-        assert isinstance(error.__cause__, KeyError)
 
 
 def test_scores_have_no_gradient_and_a_reward_cannot_change_the_images_of_the_next() -> None:
     images = IMAGES.clone()
     first = Returns(lambda values: values)
     first.score = lambda **inputs: inputs["images"].zero_().mean(dim=(1, 2, 3))  # type: ignore[method-assign]
-    scores = RewardSet([("a", first, 1.0), ("b", Brightness(), 1.0)]).score(images, batch())
+    scores = RewardSet([("a", first, 1.0), ("b", Brightness(), 1.0)]).score(batch(), images=images)
     assert not scores.rewards["a"].any()
     torch.testing.assert_close(scores.rewards["b"], torch.linspace(0, 1, 5))
     assert torch.equal(images, IMAGES)
     weight = torch.ones((), requires_grad=True)
-    scores = only(Returns(lambda values: values * weight)).score(IMAGES, batch())
+    scores = only(Returns(lambda values: values * weight)).score(batch(), images=IMAGES)
     assert not scores.rewards["mine"].requires_grad
 
 
@@ -193,7 +185,7 @@ def test_scores_have_no_gradient_and_a_reward_cannot_change_the_images_of_the_ne
 )
 def test_images_that_are_not_images_are_refused(images: Tensor, expected: str) -> None:
     with pytest.raises(ShapeError, match=expected):
-        only(Brightness()).score(images, batch())
+        only(Brightness()).score(batch(), images=images)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +208,7 @@ def test_a_declaration_of_what_does_not_exist_is_refused(
 
 
 def test_a_set_of_none_scores_nothing_and_invalidates_nobody() -> None:
-    scores = RewardSet([]).score(IMAGES, batch())
+    scores = RewardSet([]).score(batch(), images=IMAGES)
     assert scores.rewards == {} and scores.weights == {} and scores.valid.all()
     metrics = reward_metrics(scores, torch.ones(5), batch().group_id)
     assert not [key for key in metrics if "reward" in key]
@@ -232,25 +224,27 @@ def test_a_set_that_makes_no_sense_is_refused() -> None:
         RewardSet([("a", Brightness(), 1.0)], batch_size=0)
 
 
-def test_probe_calls_every_reward_on_a_grey_and_a_noise_image() -> None:
+def test_probe_calls_every_reward_once_on_two_samples_of_a_group() -> None:
     bright = Brightness()
     values = RewardSet([("a", bright, 1.0), ("b", Bonus(), 0.0)]).probe(
-        (8, 6), Prompt("p", {"bonus": 2})
+        Prompt("p", {"bonus": 2}), images=IMAGES[1:3]
     )
-    assert values["a"][0] == 0.5 and values["b"].tolist() == [2, 2]
+    assert values["a"].tolist() == [0.25, 0.5] and values["b"].tolist() == [2, 2]
     (call,) = bright.calls
-    assert call["images"].shape == (2, 3, 8, 6)
-    assert call["images"][0].std() == 0 and call["images"][1].std() > 0.2
+    assert call["images"].shape == (2, 3, 2, 2)
 
 
-def test_probe_takes_given_images_and_refuses_what_scoring_refuses() -> None:
-    values = only(Brightness()).probe(IMAGES[:2], Prompt("p"))
-    torch.testing.assert_close(values["mine"], torch.tensor([0.0, 0.25]))
+def test_probe_refuses_what_scoring_refuses_and_what_raises() -> None:
+    two, quick = IMAGES[:2], Patience(backoff_s=0)
     with pytest.raises(RewardError, match="'mine' must return a float tensor"):
-        only(Returns(lambda values: values[:1])).probe((4, 4), Prompt("p"))
-    with pytest.raises(RewardError, match=r"raised KeyError: 'bonus'.*metadata"):
-        RewardSet([("b", Bonus(), 1.0)]).probe((4, 4), Prompt("without metadata"))
-    assert only(Returns(lambda values: values * torch.nan)).probe((4, 4), Prompt("p"))
+        only(Returns(lambda values: values[:1])).probe(Prompt("p"), images=two)
+    with pytest.raises(
+        RewardError, match=r"raised KeyError: 'bonus' .*prompts \[2\].*metadata"
+    ) as caught:
+        RewardSet([("b", Bonus(), 1.0)], patience=quick).probe(Prompt("bare"), images=two)
+    assert isinstance(caught.value.__cause__, KeyError)
+    nan = only(Returns(lambda values: values * torch.nan)).probe(Prompt("p"), images=two)
+    assert nan["mine"].isnan().all()
 
 
 def test_describe_names_weight_inputs_scope_and_range() -> None:
@@ -273,12 +267,14 @@ def test_the_toys_rewards_read_what_their_pipelines_draw() -> None:
         seed=0,
     )
     images = ToyFlowPipeline().decode(points)
-    values = RewardSet([("t", TargetReward(), 1.0)]).score(images, toy_batch).rewards["t"]
+    values = RewardSet([("t", TargetReward(), 1.0)]).score(toy_batch, images=images).rewards["t"]
     # The dot of a point far outside is drawn at the edge, 1.5, where the
     # canvas cuts the dot's tail off.
     expected = -torch.tensor([0.0, 2**0.5, (0.2**2 + 0.3**2) ** 0.5, 0.0, 0.5])
     torch.testing.assert_close(values, expected, atol=0.015, rtol=0)
-    black = RewardSet([("t", TargetReward(), 1.0)]).score(torch.zeros_like(images), toy_batch)
+    black = RewardSet([("t", TargetReward(), 1.0)]).score(
+        toy_batch, images=torch.zeros_like(images)
+    )
     assert not black.valid.any()
 
     tokens = torch.arange(16).repeat(2, 1)
@@ -293,6 +289,6 @@ def test_the_toys_rewards_read_what_their_pipelines_draw() -> None:
         seed=0,
     )
     scores = RewardSet([("s", SymbolReward(), 1.0)]).score(
-        ToyTokenPipeline().decode(tokens), symbol_batch
+        symbol_batch, images=ToyTokenPipeline().decode(tokens)
     )
     assert scores.rewards["s"].tolist() == [1 / 16, 4 / 16]

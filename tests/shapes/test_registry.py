@@ -11,6 +11,7 @@ import torch
 import rewards
 from rewards.base import FunctionReward
 from rewards.cards import cards
+from rewards.pairwise import PointwiseJudge
 from rewards.shapes.verify import renders
 
 
@@ -56,7 +57,7 @@ def test_every_name_makes_a_reward_that_scores(batch):
         given = {"images": images, "prompts": [r["prompt"] for r in rows], "metadata": rows}
         scores = reward.score(**{key: given[key] for key in reward.inputs})
         assert scores.dtype == torch.float32 and scores.shape == (12,)
-        assert set(reward.inputs) <= {"images", "prompts", "metadata"}
+        assert set(reward.inputs) <= {"images", "prompts", "metadata"}, name
         assert reward.scope == "sample" and reward.higher_is_better
         low, high = reward.range
         assert ((scores >= low) & (scores <= high)).all()
@@ -188,3 +189,23 @@ def test_importing_rewards_is_light():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert printed.stdout.strip() == "[]"
+
+
+def test_a_function_may_return_components_and_a_judge_takes_its_score(tmp_path):
+    file = tmp_path / "parts.py"
+    file.write_text(
+        "def parts(images):\n"
+        "    red, green, _ = images.mean(dim=(2, 3)).unbind(1)\n"
+        "    return {'score': red, 'green': green}\n"
+    )
+    reward = rewards.load(f"{file}:parts")
+    images = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    output = reward.score(images=images)
+    assert set(output) == {"score", "green"}
+    torch.testing.assert_close(output["green"], images[:, 1].mean(dim=(1, 2)))
+    judge = PointwiseJudge(reward)
+    won = judge.compare(images[:1], images[1:2], ["p"])
+    assert won.item() == float(output["score"][0] > output["score"][1])
+    file.write_text("def parts(images):\n    return {'score': [1.0]}\n")
+    with pytest.raises(ValueError, match=r"returned shape \[1\]; expected \[3\]"):
+        rewards.load(f"{file}:parts").score(images=images)

@@ -23,6 +23,7 @@ from flowrl.sweep.local import run_local
 from flowrl.sweep.spec import load_sweep
 from flowrl.sweep.table import read_rows
 from flowrl.sweep.trials import open_study
+from flowrl.train.processes import is_finished
 from flowrl.train.track import read_metrics
 
 pytest.importorskip("optuna")
@@ -236,3 +237,21 @@ def test_runs_are_offline_and_no_part_of_an_agents_sweep(
     log = (folder / "out/trial_0000/log.txt").read_text()
     assert "{'WANDB_MODE': 'offline'" in log and "SWEEP_ID" not in log and "RUN_ID'" not in log
     assert json.loads((folder / "out/trial_0000/status.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("status", "is_done"),
+    [
+        ({"state": "finished", "reason": ""}, True),
+        ({"state": "stopped", "reason": "run.max_minutes=3"}, True),
+        ({"state": "stopped", "reason": "monitor.early_stop=3 (best gold: 0.4 at step 8)"}, True),
+        ({"state": "stopped", "reason": "a signal"}, False),
+        ({"state": "failed", "reason": "run.max_minutes"}, False),
+        ({}, False),
+    ],
+)
+def test_a_run_that_its_own_config_ended_is_finished(
+    tmp_path: Path, status: dict[str, str], is_done: bool
+) -> None:
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    assert is_finished(tmp_path) is is_done

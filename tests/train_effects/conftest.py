@@ -108,7 +108,7 @@ def _metrics(step, steps, random_):
         "perf/step_time_s": 3.3 + random_.random() * 0.3,
         "perf/rollout_s": 1.1 + random_.random() * 0.1,
         "perf/decode_s": 0.38,
-        "perf/reward_s": 0.2,
+        "perf/reward_wait_s": 0.2,
         "perf/train_s": 1.5 + random_.random() * 0.1,
         "perf/images_per_s": 144 / 3.4,
         "perf/nfe_per_image": 9.2 + min(6, step // 15) * -0.4,

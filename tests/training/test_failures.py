@@ -13,7 +13,7 @@ from flowrl.errors import FlowrlError, RatioError
 from flowrl.toys import TargetReward
 from flowrl.train.scoring import RewardSet
 from flowrl.train.track import read_metrics
-from tests.training.toy_run import FLOW, toy_trainer, write_config
+from tests.training.toy_run import FLOW, learn_from, toy_trainer, write_config
 
 
 class Flaky(TargetReward):
@@ -45,7 +45,7 @@ def test_a_sample_without_a_reward_gets_no_gradient(tmp_path):
     _, trajectory = trainer.policy.rollout(batch, plan)
     valid = torch.zeros(len(batch), dtype=torch.bool)
     before = [p.clone() for p in trainer.policy.weights.trainable()]
-    result = trainer.learner.learn(trajectory, batch, torch.ones(len(batch)), valid)
+    result = learn_from(trainer, trajectory, batch, torch.ones(len(batch)), valid)
     assert result.num_decisions == 0
     after = list(trainer.policy.weights.trainable())
     assert all(one.equal(two) for one, two in zip(before, after, strict=True))
@@ -69,9 +69,7 @@ def test_nonfinite_loss_stops_before_the_update(tmp_path):
     advantages[5] = float("inf")
     before = [p.clone() for p in trainer.policy.weights.trainable()]
     with pytest.raises(FlowrlError, match="advantage"):
-        trainer.learner.learn(
-            trajectory, batch, advantages, torch.ones(len(batch), dtype=torch.bool)
-        )
+        learn_from(trainer, trajectory, batch, advantages, torch.ones(len(batch), dtype=torch.bool))
     after = list(trainer.policy.weights.trainable())
     assert all(one.equal(two) for one, two in zip(before, after, strict=True))
 

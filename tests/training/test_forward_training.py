@@ -26,7 +26,7 @@ from flowrl.toys import flow_prompts
 from flowrl.train.track import read_metrics
 from flowrl.types import Chunk
 from tests.policies.toy_flow import counted
-from tests.training.toy_run import FLOW, toy_trainer, train_on_two, write_config
+from tests.training.toy_run import FLOW, learn_from, toy_trainer, train_on_two, write_config
 
 HEAD = FLOW.split("method:")[0]
 TAIL = """
@@ -115,7 +115,7 @@ def test_evaluations_are_the_closed_form_with_old_and_reference(name: str, tmp_p
         sign[::12], sign[1::12] = 1.0, -1.0
         trained //= 6
     with counted(network) as count:
-        result = trainer.learner.learn(trajectory, batch, sign, valid)
+        result = learn_from(trainer, trajectory, batch, sign, valid)
     sets = trainer.method.objective.needs.sets
     assert result.num_rows == trained and result.num_frozen_rows == trained * len(sets)
     assert count.rows == result.num_rows + result.num_frozen_rows
@@ -199,7 +199,7 @@ def test_the_objective_is_given_each_set_at_the_same_points(tmp_path: Path) -> N
         with torch.no_grad(), policy.weights.use(name):
             expected.append(policy.evaluate(trajectory, index))
     trainer.learner.method = replace(trainer.method, objective=recorder)
-    trainer.learner.learn(trajectory, batch, torch.ones(48), torch.ones(48) > 0)
+    learn_from(trainer, trajectory, batch, torch.ones(48), torch.ones(48) > 0)
     (given,) = recorder.given
     for have, want in zip(given, expected, strict=True):
         torch.testing.assert_close(have.velocity.detach(), want.velocity)
@@ -275,7 +275,7 @@ def test_a_nonfinite_velocity_is_named(tmp_path: Path) -> None:
     with torch.no_grad():
         trainer.policy.weights.network.leave.bias[0] = float("inf")
     with pytest.raises(NonFiniteError, match="of matching_error"):
-        trainer.learner.learn(trajectory, batch, torch.ones(48), torch.ones(48) > 0)
+        learn_from(trainer, trajectory, batch, torch.ones(48), torch.ones(48) > 0)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,15 @@ def test_one_and_two_processes_train_the_same_weights(text, tmp_path):
                 assert row[key] == pytest.approx(other[key], rel=1e-3, abs=1e-5), key
 
 
+@pytest.mark.parametrize("text", [FLOW, TREE], ids=["flow", "tree"])
+def test_two_processes_learn_the_same_part_by_part(text, tmp_path):
+    alone = trained(tmp_path / "alone", text)
+    config = write_config(tmp_path / "pair", text)
+    train_on_two(config, *short(text), "scoring.parts=2")
+    pair = load_file(next((tmp_path / "pair/runs/toy/final").rglob("*.safetensors")))
+    assert largest_difference(alone, pair) < ROUNDING
+
+
 def test_evaluation_and_images_do_not_change_training(tmp_path):
     quiet = trained(tmp_path / "quiet", FLOW)
     busy = trained(

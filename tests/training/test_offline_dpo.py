@@ -34,7 +34,7 @@ from flowrl.types import Chunk, Scores
 from tests.methods import forward_oracles as oracles
 from tests.policies.toy_flow import counted, make_policy, perturb
 from tests.training.toy_pairs import write_pairs
-from tests.training.toy_run import toy_trainer, train_on_two, write_config
+from tests.training.toy_run import learn_from, toy_trainer, train_on_two, write_config
 
 CONFIG = """
 run: {{name: toy, steps: 6}}
@@ -129,7 +129,7 @@ def test_the_rollout_is_the_data_and_takes_no_evaluation(tmp_path: Path) -> None
     assert torch.equal(trajectory.x0, trainer.policy.pipeline.encode_images(rollout.images))
     sign = torch.tensor([1.0, -1.0]).repeat(12)
     with counted(trainer.policy.weights.network) as count:
-        result = trainer.learner.learn(trajectory, batch, sign, sign != 0)
+        result = learn_from(trainer, trajectory, batch, sign, sign != 0)
     assert (result.num_rows, result.num_frozen_rows, count.rows) == (96, 96, 192)
 
 

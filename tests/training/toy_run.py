@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flowrl import build
 from flowrl.commands.train import prepare_folder
@@ -32,8 +33,11 @@ from flowrl.toys import (
     flow_prompts,
     token_prompts,
 )
+from flowrl.train.lessons import Judged, Part
 from flowrl.train.loop import Trainer, end_training
 from flowrl.train.scoring import RewardSet
+from flowrl.train.step import StepResult
+from flowrl.types import PromptBatch
 from rewards.pairwise import PointwiseJudge, WinRate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -151,6 +155,14 @@ def toy_trainer(path: Path, *overrides: str) -> Trainer:
         prepare_folder(parts, folder)
     parts.accelerator.wait_for_everyone()
     return build.build_trainer(parts, folder)
+
+
+def learn_from(
+    trainer: Trainer, trajectory: Any, batch: PromptBatch, advantages: Tensor, valid: Tensor
+) -> StepResult:
+    """The updates of a step whose advantages are given."""
+    judged = Judged(advantages, valid)
+    return trainer.learner.learn([Part(batch, trajectory)], lambda _: judged)
 
 
 def train_on_two(config: Path, *overrides: str) -> None:

@@ -53,32 +53,48 @@ def test_an_object_is_cut_out_golden() -> None:
     assert BACKGROUND == (0x99, 0x99, 0x99)
 
 
-def colored(clip: Path, image: Tensor, found: list[Any], names: list[str]) -> list[str]:
-    """CLIP's colour of each object in a small image, one text and one picture at a time."""
+def directions(clip: Path, name: str) -> Tensor:
+    """CLIP's directions of the colours of class `name`, float64 [10, D], one text at a time."""
     from transformers import CLIPModel, CLIPProcessor
 
     model = CLIPModel.from_pretrained(clip).eval()
     processor = CLIPProcessor.from_pretrained(clip, backend="pil")
+
+    def direction(text: str) -> Tensor:
+        ids = processor(text=f"a photo of a {text}", return_tensors="pt")
+        read: Tensor = model.text_projection(model.text_model(**ids).pooler_output)[0].double()
+        return read / read.norm()
+
+    texts = [(f"{c} {name}", f"{c}-colored {name}", f"{c} object") for c in COLORS]
+    with torch.no_grad():
+        means = [torch.stack([direction(text) for text in three]).mean(0) for three in texts]
+    return torch.stack([mean / mean.norm() for mean in means])
+
+
+def test_a_colour_is_the_mean_of_three_templates(mask2former: Path, clip_folder: Path) -> None:
+    with torch.no_grad():
+        found = make(mask2former, clip_folder)._colors("tv remote")
+    assert torch.allclose(found.double(), directions(clip_folder, "tv remote"), atol=1e-5)
+
+
+def colored(clip: Path, image: Tensor, found: list[Any], names: list[str]) -> list[str]:
+    """CLIP's colour of each object in a small image, one picture at a time."""
+    from transformers import CLIPModel, CLIPProcessor
+
+    model = CLIPModel.from_pretrained(clip).eval()
+    processor = CLIPProcessor.from_pretrained(clip, backend="pil")
+    of_label = {label: directions(clip, names[label]) for label in {each[0] for each in found}}
     named = []
     for label, _, (x0, y0, x1, y1), mask in found:
         kept = levels(image) >= 0 if mask is None else mask[..., None]
         array = np.where(kept, levels(image), np.uint8(153))[y0:y1, x0:x1]
         inputs = processor(images=Image.fromarray(array), return_tensors="pt")
-        cosines = []
         with torch.no_grad():
             seen = model.visual_projection(model.vision_model(**inputs).pooler_output)[0].double()
-            for color in COLORS:
-                directions = []
-                name = names[label]
-                for text in (f"{color} {name}", f"{color}-colored {name}", f"{color} object"):
-                    ids = processor(text=f"a photo of a {text}", return_tensors="pt")
-                    read = model.text_projection(model.text_model(**ids).pooler_output)[0].double()
-                    directions.append(read / read.norm())
-                mean = torch.stack(directions).mean(0)
-                cosines.append(float(mean @ seen / mean.norm() / seen.norm()))
-        second, first = np.sort(cosines)[-2:]
+        cosines = of_label[label] @ seen / seen.norm()
+        first, second = cosines.topk(2).values.tolist()
         assert first - second > 1e-5  # not a matter of rounding
-        named.append(COLORS[int(np.argmax(cosines))])
+        named.append(COLORS[int(cosines.argmax())])
     return named
 
 

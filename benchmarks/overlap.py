@@ -1,0 +1,88 @@
+"""How much of a slow reward is hidden: a step that scores after the rollout, or during it.
+
+`python benchmarks/overlap.py [key=value ...]` trains the Shapes model on a reward that takes as
+long as the rollout and none of this machine's cores, as a served one does. One run without overlap,
+one with, in one process; medians of the steps after the first two.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from flowrl.build import build_parts, build_trainer, run_folder
+from flowrl.commands.train import prepare_folder
+from flowrl.config import load_config
+from flowrl.train.scoring import RewardSet
+from flowrl.train.track import read_metrics
+
+STEPS, PARTS = 8, 12
+CONFIG = Path(__file__).parent.parent / "configs/quickstart.yaml"
+PHASES = ("step_time_s", "rollout_s", "decode_s", "reward_s", "reward_wait_s", "train_s")
+
+
+class Distant:
+    """Brightness, after `seconds` per sample."""
+
+    inputs = ("images",)
+    scope = "sample"
+    range = (0.0, 1.0)
+    higher_is_better = True
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def score(self, *, images: Tensor) -> Tensor:
+        """Mean intensity [B] of images [B, 3, H, W]."""
+        time.sleep(self.seconds * len(images))
+        return images.mean(dim=(1, 2, 3))
+
+
+def main() -> None:
+    """Prints the phases of both, and what they come to."""
+    given = sys.argv[1:]
+    free = phases(given, seconds=0.0, parts=1)
+    drawn = free["rollout_s"] + free["decode_s"]
+    config = load_config(CONFIG, given)
+    seconds = drawn / (config.data.num_groups * config.data.group_size)
+    rows = {
+        "no reward": free,
+        "after the rollout": phases(given, seconds=seconds, parts=1),
+        f"during it, {PARTS} parts": phases(given, seconds=seconds, parts=PARTS),
+    }
+    print(f"\n{'':24}" + "".join(f"{name.removesuffix('_s'):>12}" for name in PHASES))
+    for title, row in rows.items():
+        print(f"{title:24}" + "".join(f"{row[name]:12.2f}" for name in PHASES))
+    late, early = list(rows.values())[1:]
+    bound = max(early["rollout_s"] + early["decode_s"], early["reward_s"]) + early["train_s"]
+    print(f"step over max(rollout, reward) + train: {early['step_time_s'] / bound:.3f}")
+    print(
+        f"step over the step without overlap:     {early['step_time_s'] / late['step_time_s']:.3f}"
+    )
+
+
+def phases(given: list[str], *, seconds: float, parts: int) -> dict[str, float]:
+    """Medians of a short run's phases."""
+    with tempfile.TemporaryDirectory() as folder:
+        fixed: list[Any] = [
+            f"run.output_dir={folder}", f"run.steps={STEPS}", "checkpoint.every=0", "eval.every=0",
+            "eval.max_prompts=2", f"scoring.parts={parts}",
+        ]  # fmt: skip
+        built = build_parts(load_config(CONFIG, [*fixed, *given]), where=CONFIG.name)
+        run = run_folder(built.config)
+        prepare_folder(built, run)
+        trainer = build_trainer(built, run)
+        trainer.rewards = RewardSet([("distant", Distant(seconds), 1.0)])
+        trainer.run()
+        rows = [r for r in read_metrics(run / "metrics.jsonl") if "perf/step_time_s" in r][2:]
+    return {name: statistics.median(row[f"perf/{name}"] for row in rows) for name in PHASES}
+
+
+if __name__ == "__main__":
+    main()
