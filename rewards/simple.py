@@ -47,10 +47,11 @@ class JpegSize:
     def score(
         self, *, images: Tensor, prompts: Sequence[str] = (), metadata: Sequence[Metadata] = ()
     ) -> Tensor:
-        """Scores, float32 [B], of images float [B, 3, H, W] in [0, 1]."""
+        """Scores, float32 [B], of images float [B, 3, H, W] in [0, 1]; NaN for a broken image."""
         check_images(images)
-        sizes = [_jpeg_bytes(image) / 1000 for image in pil_images(images)]
-        return self._sign * torch.tensor(sizes, dtype=torch.float32, device=images.device)
+        sizes = [_jpeg_bytes(image) / 1000 for image in pil_images(images.nan_to_num())]
+        scores = self._sign * torch.tensor(sizes, dtype=torch.float32, device=images.device)
+        return scores.where(images.isfinite().flatten(1).all(1), torch.nan)
 
 
 def pil_images(images: Tensor) -> list[Image.Image]:

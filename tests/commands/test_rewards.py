@@ -14,6 +14,7 @@ from torchvision.utils import save_image
 from typer.testing import CliRunner
 
 from flowrl.__main__ import app
+from flowrl.rewardsdoc import to_markdown
 from rewards import NAMES
 
 GOOD = """
@@ -58,6 +59,11 @@ def test_all_rewards_are_listed() -> None:
     first = [line.split()[0] for line in printed.output.splitlines() if line.strip()]
     assert set(NAMES) <= set(first)
     assert "yuvalkirstain/PickScore_v1" in printed.output
+
+
+def test_the_page_of_rewards_is_what_the_cards_say() -> None:
+    page = (Path(__file__).parents[2] / "docs/rewards.md").read_text()
+    assert page == to_markdown(), "run python -m flowrl.rewardsdoc > docs/rewards.md"
 
 
 def test_info_has_the_card_and_the_arguments() -> None:

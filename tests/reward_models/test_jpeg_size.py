@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import rewards
+from flowrl.testing import check_reward
 
 
 def test_the_score_is_the_size_of_the_file_in_kb(tmp_path: Path) -> None:
@@ -34,3 +35,8 @@ def test_the_score_is_the_size_of_the_file_in_kb(tmp_path: Path) -> None:
 def test_what_is_no_image_is_refused() -> None:
     with pytest.raises(ValueError, match="expected float images"):
         rewards.load("jpeg_compressibility").score(images=torch.zeros(2, 4, 8, 8))
+
+
+@pytest.mark.parametrize("name", ["jpeg_compressibility", "jpeg_incompressibility"])
+def test_it_conforms_so_an_image_of_nan_has_no_size(name: str) -> None:
+    check_reward(rewards.load(name))
