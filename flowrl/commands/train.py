@@ -24,7 +24,8 @@ def run(config: Path, overrides: Sequence[str]) -> None:
     loaded = load_config(config, overrides)  # before torch is loaded: a typo answers at once
     from flowrl.build import build_parts, build_trainer, run_folder
     from flowrl.commands.check import print_parts
-    from flowrl.train.loop import end_training, find_checkpoint
+    from flowrl.train.machine import end_training
+    from flowrl.train.resume import find_checkpoint
 
     folder = run_folder(loaded)
     find_checkpoint(loaded, folder)  # refuses before anything of an older run is touched

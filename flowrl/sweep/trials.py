@@ -14,7 +14,7 @@ from flowrl.data.seeds import derive_seed
 from flowrl.errors import ConfigError, MissingDependency
 from flowrl.sweep.command import Values
 from flowrl.sweep.spec import MetricConfig, Sweep
-from flowrl.train.checkpoint import differences
+from flowrl.train.resume import differences
 from flowrl.train.track import METRICS, read_metrics
 
 if TYPE_CHECKING:

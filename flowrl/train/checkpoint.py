@@ -3,8 +3,8 @@
 A save fills a hidden folder beside the others, syncs it, adds a manifest of sizes and hashes and
 is published by one rename; only then are older ones deleted. accelerate writes optimiser,
 scheduler, scaler and each rank's random state; of the network only `Weights.state_dict()` is
-stored. Reading order: `Checkpoints.save`, `find`, `load`, `check_same_run`; what the files hold is
-in `statefiles`.
+stored. Reading order: `Checkpoints.save`, `find`, `load`; what the files hold is in `statefiles`,
+which of them a run goes on from in `resume`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -37,15 +37,6 @@ _log = logging.getLogger(__name__)
 # The suffix is there when a step is saved again, so that no moment has neither of the two.
 _NAME = re.compile(r"step_(\d{6,})(?:\.(\d+))?")
 _UNFINISHED = ".step_*.tmp"
-
-# What a resumed run may change: where, how long and how fast it runs, and what is observed.
-_FREE = (
-    "run.name", "run.output_dir", "run.steps", "run.resume", "run.max_minutes",
-    "run.max_evaluations",
-    "checkpoint", "track", "eval", "monitor",
-    "compute.micro_batch_size", "compute.rollout_batch_size", "compute.decode_batch_size",
-    "compute.threads", "compute.ratio_tolerance", "model.gradient_checkpointing",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -237,63 +228,6 @@ class Checkpoints:
                 serial = -1
             saved.append(_Saved(path, int(match[1]), serial))
         return sorted(saved, key=lambda each: (each.serial, each.step, each.path.name))
-
-
-# --------------------------------------------------------------------------- the config of a run
-
-
-def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Refuse to go on with a configuration that would make it another run.
-
-    Free are the keys that say where, how long and how fast the run goes and what is observed of
-    it: `run.*` but the seed, `checkpoint.*`, `track.*`, `eval.*`, `monitor.*`, `compute.*` but the
-    precision, and gradient checkpointing. `run.steps` is free only while the learning rate does
-    not depend on it (`optim.schedule: constant`).
-
-    Args:
-        old: the configuration stored in the checkpoint, as plain data.
-        new: the present one.
-
-    Raises:
-        ConfigError: lists every other key that differs, with both values.
-    """
-    free = set(_FREE)
-    if new.get("optim", {}).get("schedule", "constant") != "constant":
-        free.remove("run.steps")
-    lines = []
-    for key, before, after in differences(old, new, ""):
-        parts = key.split(".")
-        if not any(".".join(parts[:length]) in free for length in range(1, len(parts) + 1)):
-            lines.append(f"  {key}: {before} in the checkpoint, {after} now")
-    if lines:
-        raise ConfigError(
-            "run.resume: the configuration differs from the checkpoint's where it changes the "
-            "result:\n" + "\n".join(lines) + "\nset these back, or drop run.resume and choose "
-            "another run.name for a new run"
-        )
-
-
-def differences(old: Any, new: Any, key: str) -> Iterator[tuple[str, str, str]]:
-    """(dotted key, old value, new value) of every leaf in which two plain values differ."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for name in dict.fromkeys([*old, *new]):
-            below = f"{key}.{name}" if key else str(name)
-            if name in old and name in new:
-                yield from differences(old[name], new[name], below)
-            else:
-                before, after = (
-                    _show(side[name]) if name in side else "not set" for side in (old, new)
-                )
-                yield below, before, after
-    elif isinstance(old, list | tuple) and isinstance(new, list | tuple) and len(old) == len(new):
-        for index, (before, after) in enumerate(zip(old, new, strict=True)):
-            yield from differences(before, after, f"{key}.{index}")
-    elif old != new:
-        yield key, _show(old), _show(new)
-
-
-def _show(value: Any) -> str:
-    return json.dumps(value, default=str)
 
 
 # --------------------------------------------------------------------------- accelerate

@@ -19,23 +19,24 @@ from torch import Tensor
 
 from flowrl.config import Config, to_dict
 from flowrl.data.sampler import GroupSampler
-from flowrl.errors import CheckpointError, ConfigError, RatioError
+from flowrl.errors import RatioError
 from flowrl.methods.spec import Method, StepPlan
 from flowrl.protocols import Policy
-from flowrl.train import statefiles
 from flowrl.train.card import write_card
-from flowrl.train.checkpoint import Checkpoints, Together, check_same_run
+from flowrl.train.checkpoint import Checkpoints, Together
 from flowrl.train.collect import Collector
 from flowrl.train.control import Clock, Interrupt
 from flowrl.train.evaluate import Evaluator
 from flowrl.train.judge import Judge, cut
 from flowrl.train.lessons import Part
+from flowrl.train.machine import max_memory_gb
 from flowrl.train.monitor import BEST, Monitor, read_note, write_note
 from flowrl.train.progress import Progress
+from flowrl.train.resume import find_checkpoint
 from flowrl.train.runfiles import replaced, write_json
 from flowrl.train.scoring import RewardSet, read_samples
 from flowrl.train.step import Learner, StepResult, total
-from flowrl.train.track import METRICS, Tracker
+from flowrl.train.track import Tracker
 from flowrl.train.wandb_run import batch_samples
 from flowrl.types import PromptBatch, Scores
 
@@ -384,54 +385,6 @@ class Trainer:
         return total(self.accelerator, [float(flag)])[0] > 0
 
 
-def find_checkpoint(config: Config, run: Path) -> Path | None:
-    """The checkpoint that the run goes on from, None for a new run; changes nothing.
-
-    Raises:
-        ConfigError: the folder holds a run already, or the checkpoint is of another run.
-        CheckpointError: there is no such checkpoint, or it is beyond run.steps.
-    """
-    path = Checkpoints(run / "checkpoints", keep=config.checkpoint.keep).find(config.run.resume)
-    metrics = run / METRICS
-    if path is None:
-        if metrics.exists() and metrics.stat().st_size:
-            raise ConfigError(
-                f"{run} already holds a run; set run.resume=latest to go on with it, or another "
-                "run.name"
-            )
-        return None
-    extra = statefiles.read_extra(path)
-    check_same_run(extra["config"], to_dict(config))
-    if extra["step"] > config.run.steps:
-        raise CheckpointError(
-            f"{path} is at step {extra['step']}, beyond run.steps={config.run.steps}; "
-            "raise run.steps"
-        )
-    return path
-
-
 def first_samples(batch: PromptBatch, num: int) -> PromptBatch:
     """The first samples of a batch."""
     return batch.select(torch.arange(min(num, len(batch))))
-
-
-def end_training(accelerator: Accelerator) -> None:
-    """Closes trackers and the process group, so that the process may exit.
-
-    The threads of gloo free the tensors of their last collective under Python's lock, and Python
-    aborts a process that exits while they wait for it (seen with torch 2.15, one exit in twenty).
-    """
-    accelerator.end_training()
-    if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
-        time.sleep(0.2)  # lets go of the lock
-
-
-def max_memory_gb(device: torch.device) -> float:
-    """Peak memory so far, GB: of the accelerator, or of this process without one."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource
-    import sys
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -23,7 +23,7 @@ from typing import IO, Literal
 
 from flowrl.config import Config, load_config, to_dict
 from flowrl.errors import ConfigError
-from flowrl.train.checkpoint import differences
+from flowrl.train.resume import differences
 from flowrl.train.track import METRICS
 
 LOG = "log.txt"

@@ -21,7 +21,8 @@ from torch import nn
 
 from flowrl.errors import CheckpointError, ConfigError
 from flowrl.train import checkpoint, statefiles
-from flowrl.train.checkpoint import Checkpoints, check_same_run
+from flowrl.train.checkpoint import Checkpoints
+from flowrl.train.resume import check_same_run
 
 
 class NetworkWeights:
@@ -385,6 +386,7 @@ CONFIG = {
     "compute": {"micro_batch_size": 8, "mixed_precision": "no"},
     "model": {"gradient_checkpointing": False},
     "eval": {"every": 10},
+    "scoring": {"max_invalid": 0.05, "window": 20, "timeout_s": None, "min_group_share": 0.5},
 }
 
 
@@ -404,6 +406,7 @@ def changed(key, value, base=CONFIG):
         ("run.steps", 20), ("run.name", "b"), ("run.resume", "latest"),
         ("compute.micro_batch_size", 4), ("eval.every", 0), ("eval.seed", 3),
         ("model.gradient_checkpointing", True), ("monitor", {"reward": "x"}),
+        ("scoring.max_invalid", 0.2), ("scoring.window", 5), ("scoring.timeout_s", 9.0),
     ],
 )  # fmt: skip
 def test_what_does_not_change_the_result_may_differ(key, value):
@@ -419,6 +422,7 @@ def test_what_does_not_change_the_result_may_differ(key, value):
         ("compute.mixed_precision", "bf16", "compute.mixed_precision"),
         ("optim.new", 1, "optim.new: not set in the checkpoint, 1 now"),
         ("rewards", [], "rewards"),
+        ("scoring.min_group_share", 0.0, "scoring.min_group_share: 0.5 in the checkpoint, 0.0 now"),
     ],
 )
 def test_what_changes_the_result_is_refused_and_listed(key, value, line):

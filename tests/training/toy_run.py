@@ -34,7 +34,8 @@ from flowrl.toys import (
     token_prompts,
 )
 from flowrl.train.lessons import Judged, Part
-from flowrl.train.loop import Trainer, end_training
+from flowrl.train.loop import Trainer
+from flowrl.train.machine import end_training
 from flowrl.train.scoring import RewardSet
 from flowrl.train.step import StepResult
 from flowrl.types import PromptBatch
