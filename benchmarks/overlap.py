@@ -23,7 +23,7 @@ from flowrl.config import load_config
 from flowrl.train.scoring import RewardSet
 from flowrl.train.track import read_metrics
 
-STEPS, PARTS = 8, (2, 3, 4, 6)
+STEPS, PARTS = 8, (2, 3, 4, 6, 12)
 CONFIG = Path(__file__).parent.parent / "configs/quickstart.yaml"
 PHASES = ("step_time_s", "rollout_s", "decode_s", "reward_s", "reward_wait_s", "train_s")
 

@@ -16,6 +16,7 @@ from flowrl.toys import SymbolReward, TargetReward, ToyFlowPipeline, ToyTokenPip
 from flowrl.train.attempts import Patience
 from flowrl.train.collect import reward_metrics
 from flowrl.train.scoring import RewardSet
+from flowrl.train.workers import Worker
 from flowrl.types import Prompt, PromptBatch
 
 IMAGES = torch.linspace(0, 1, 5)[:, None, None, None].expand(5, 3, 2, 2).contiguous()
@@ -292,3 +293,15 @@ def test_the_toys_rewards_read_what_their_pipelines_draw() -> None:
         symbol_batch, images=ToyTokenPipeline().decode(tokens)
     )
     assert scores.rewards["s"].tolist() == [1 / 16, 4 / 16]
+
+
+def test_a_worker_computes_in_one_thread_and_leaves_the_callers_alone():
+    """Mutation: no `torch.set_num_threads(num_threads)` in the caller."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        worker = Worker("test")
+        assert worker.submit(torch.get_num_threads).result() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
