@@ -390,7 +390,7 @@ def check_reward(
     rewards.probe(prompts[0], **_samples(images, [0, 1]))
 
     def score(order: list[int], asked: Sequence[Prompt] = prompts) -> Tensor:
-        batch = _one_group([asked[i] for i in order])
+        batch = PromptBatch.one_group([asked[i] for i in order])
         found = rewards.score(batch, **_samples(images, order))
         reason = found.failures[name].reason if name in found.failures else ""
         _require(not reason, f"a call with {len(order)} samples", "answered", reason)
@@ -450,12 +450,6 @@ def _geneval(color: str) -> Prompt:
     text = f"a {color} circle"
     wanted = {"class": "circle", "count": 1, "color": color}
     return Prompt(text, {"tag": "colors", "include": [wanted], "prompt": text})
-
-
-def _one_group(prompts: Sequence[Prompt]) -> PromptBatch:
-    number = torch.arange(len(prompts))
-    zeros = torch.zeros_like(number)
-    return PromptBatch(tuple(prompts), zeros, number, number, zeros, seed=0)
 
 
 # --------------------------------------------------------------------------- words

@@ -9,7 +9,7 @@ Reading order: PromptBatch -> Tree -> Rollout -> Trajectory (protocols.py) -> Ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -67,6 +67,13 @@ class PromptBatch:
                     f"PromptBatch.{name} must be int64 [{len(self.prompts)}], "
                     f"got {value.dtype} {tuple(value.shape)}"
                 )
+
+    @classmethod
+    def one_group(cls, prompts: Sequence[Prompt], *, seed: int = 0) -> PromptBatch:
+        """Samples of one group on one rank, in the order of `prompts`, a prompt per sample."""
+        number = torch.arange(len(prompts))
+        zeros = torch.zeros_like(number)
+        return cls(tuple(prompts), zeros, number, number, zeros, seed)
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -124,10 +124,7 @@ def network_evals(
     if isinstance(plan, NeighborPlan):
         rows = num_groups * plan.num_anchors * len(plan.trained)
         return plan.num_steps * num_groups * group_size, rows
-    number = torch.arange(group_size)
-    zeros = torch.zeros_like(number)
-    batch = PromptBatch((Prompt(""),) * group_size, zeros, number, number, zeros, seed=0)
-    keys = plan.table(batch)
+    keys = plan.table(PromptBatch.one_group([Prompt("")] * group_size))
     node = Tree(keys, torch.zeros(group_size, plan.num_steps)).node
     sizes = [len(level.unique()) for level in node.unbind(1)]
     forwards = sum(sizes[: plan.num_table_steps])

@@ -162,7 +162,7 @@ def score_images(
     rewards = RewardSet([(name, reward, 1.0)])
     scores: list[dict[str, float]] = [{} for _ in files]
     for part in parts:
-        batch = _batch([Prompt(asked[i], row) for i in part])
+        batch = PromptBatch.one_group([Prompt(asked[i], row) for i in part])
         found = rewards.score(batch, images=torch.stack([images[i] for i in part]))
         if name in found.failures:
             raise RewardError(f"reward '{name}' failed: {found.failures[name].reason}")
@@ -208,9 +208,3 @@ def _read_image(file: Path) -> Tensor:
     except OSError as error:
         raise DataError(f"{file} cannot be read as an image: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
-
-
-def _batch(prompts: Sequence[Prompt]) -> PromptBatch:
-    number = torch.arange(len(prompts))
-    zeros = torch.zeros_like(number)
-    return PromptBatch(tuple(prompts), zeros, number, number, zeros, seed=0)

@@ -2,7 +2,7 @@
 
 A sample that a reward could not score is invalid: counted, masked, never a zero. A call that fails
 is tried again and then halved (`attempts.py`); a reward that breaks its promise stops the run
-(`border.py`), as does one that fails too often (`breaker.py`); `probe` finds most of that before
+(`border.py`), as does one that fails too often (`collect.py`); `probe` finds most of that before
 the first step. How rewards are summed is the method's affair (`functional.advantages`).
 """
 
@@ -274,5 +274,4 @@ def read_samples(rollout: Rollout, inputs: Collection[str]) -> dict[str, Tensor]
 
 def pair_of(prompt: Prompt) -> PromptBatch:
     """Two samples of one group, for the prompt."""
-    zeros, number = torch.zeros(2, dtype=torch.int64), torch.arange(2)
-    return PromptBatch((prompt, prompt), zeros, number, number, zeros, seed=0)
+    return PromptBatch.one_group((prompt, prompt))

@@ -51,6 +51,13 @@ def rows(batch: PromptBatch) -> list[Row]:
     return list(zip(*ids, texts, strict=True))
 
 
+def test_one_group_numbers_its_samples_and_is_one_rank_s_whole_step() -> None:
+    batch = PromptBatch.one_group(prompts(3), seed=7)
+    assert rows(batch) == [(i, 0, 0, f"prompt {i}") for i in range(3)]
+    assert (batch.member.tolist(), batch.seed) == ([0, 1, 2], 7)
+    assert PromptBatch.one_group([]).member.dtype == torch.int64
+
+
 def test_a_step_in_full() -> None:
     # 3 groups of 2 in 3 updates, prompts in order; step 1 starts at position 3 of 4 prompts.
     batch = sampler(4, 3, 2, 3, shuffle=False)(1)
