@@ -20,7 +20,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from rewards.base import check_images
+from rewards.base import check_counts, check_images, finite_images
 
 T = TypeVar("T")
 
@@ -214,8 +214,7 @@ def score_in_batches(
     """
     check_images(images)
     for column in columns:
-        if len(column) != len(images):
-            raise ValueError(f"got {len(images)} images and {len(column)} prompts; give one each")
+        check_counts({"images": images, "prompts": column})
     scores = torch.full((len(images),), torch.nan)
     finite = finite_images(images).nonzero().flatten().cpu()
     for start in range(0, len(finite), batch_size):
@@ -226,8 +225,3 @@ def score_in_batches(
             scores = torch.full((len(images), *values.shape[1:]), torch.nan)
         scores[index] = values
     return scores.to(images.device)
-
-
-def finite_images(images: Tensor) -> Tensor:
-    """Which images can be looked at, bool [B]: those without NaN or infinity."""
-    return images.isfinite().flatten(1).all(1)

@@ -1,4 +1,4 @@
-"""What a reward is, and two helpers for writing one.
+"""What a reward is, and helpers for writing one.
 
 A reward declares what it reads (`inputs`), whether it scores samples one by one (`scope`), the
 range of its scores, and turns a batch into one float each. NaN says that a sample could not be
@@ -7,7 +7,7 @@ inherits from anything.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any, Protocol
 
 import torch
@@ -106,3 +106,24 @@ def check_images(images: Tensor) -> None:
         raise ValueError(
             f"expected float images [B, 3, H, W] in [0, 1], got {images.dtype} {list(images.shape)}"
         )
+
+
+def check_counts(columns: Mapping[str, Sized]) -> None:
+    """Raises ValueError unless all columns are equally long, e.g. {"images": .., "prompts": ..}."""
+    counts = [f"{len(column)} {name}" for name, column in columns.items()]
+    if len({len(column) for column in columns.values()}) > 1:
+        raise ValueError(f"got {', '.join(counts[:-1])} and {counts[-1]}; give one each")
+
+
+def check_one_prompt(prompts: Sequence[str], what: str) -> None:
+    """Raises ValueError if `prompts` differ, for a reward, called `what`, that compares a group."""
+    if len(distinct := list(dict.fromkeys(prompts))) > 1:
+        raise ValueError(
+            f"{what} compares samples of one prompt, got {len(distinct)}: {distinct[0]!r}, "
+            f"{distinct[1]!r}, ...; call it once per group"
+        )
+
+
+def finite_images(images: Tensor) -> Tensor:
+    """Which images can be looked at, bool [B]: those without NaN or infinity."""
+    return images.isfinite().flatten(1).all(1)

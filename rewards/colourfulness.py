@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rewards.backbones import finite_images
-from rewards.base import Metadata, check_images
+from rewards.base import Metadata, check_images, finite_images
 from rewards.cards import Card
 
 

@@ -13,14 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from rewards.backbones import (
-    Placement,
-    finite_images,
-    pretrained_model,
-    pretrained_processor,
-    score_in_batches,
-)
-from rewards.base import Metadata, check_images
+from rewards.backbones import Placement, pretrained_model, pretrained_processor, score_in_batches
+from rewards.base import Metadata, check_images, check_one_prompt, finite_images
 from rewards.cards import Card
 from rewards.clip import load_clip
 from rewards.simple import pil_images
@@ -111,11 +105,7 @@ class Diversity:
             OSError: the weights are neither on this machine nor to be had.
         """
         check_images(images)
-        if len(distinct := list(dict.fromkeys(prompts))) > 1:
-            raise ValueError(
-                f"diversity compares samples of one prompt, got {len(distinct)}: {distinct[0]!r}, "
-                f"{distinct[1]!r}, ...; call it once per group"
-            )
+        check_one_prompt(prompts, "diversity")
         if finite_images(images).sum() < 2:
             return torch.full((len(images),), torch.nan, device=images.device)
         size = self._placement.batch_size

@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from rewards.backbones import Placement, finite_images
-from rewards.base import Metadata, check_images
+from rewards.backbones import Placement
+from rewards.base import Metadata, check_images, finite_images
 from rewards.cards import Card
 from rewards.clip import Clip, load_clip
 from rewards.detector import Detector, Found, load_detector

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewards.backbones import finite_images, shared
-from rewards.base import Metadata, check_images
+from rewards.backbones import shared
+from rewards.base import Metadata, check_counts, check_images, finite_images
 from rewards.cards import Card
 from rewards.simple import pil_images
 
@@ -84,11 +84,7 @@ class Ocr:
         """
         check_images(images)
         rows = metadata or [{}] * len(prompts)
-        if not len(images) == len(prompts) == len(rows):
-            raise ValueError(
-                f"got {len(images)} images, {len(prompts)} prompts and {len(rows)} rows of "
-                "metadata; give one each"
-            )
+        check_counts({"images": images, "prompts": prompts, "rows of metadata": rows})
         wanted = [wanted_text(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
         scores = torch.full((len(images),), torch.nan)
         for i in finite_images(images).nonzero().flatten().tolist():

@@ -15,7 +15,14 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from rewards.base import Metadata, Reward, check_images, score_of
+from rewards.base import (
+    Metadata,
+    Reward,
+    check_images,
+    check_one_prompt,
+    finite_images,
+    score_of,
+)
 from rewards.registry import check_members, make
 
 ORDERS = ("both", "single")
@@ -197,11 +204,7 @@ class WinRate:
             ValueError: several prompts, or a judge that returns what is not [B] in [0, 1] or NaN.
         """
         check_images(images)
-        if len(distinct := list(dict.fromkeys(prompts))) > 1:
-            raise ValueError(
-                f"a win rate compares samples of one prompt, got {len(distinct)}: {distinct[0]!r}, "
-                f"{distinct[1]!r}, ...; call it once per group"
-            )
+        check_one_prompt(prompts, "a win rate")
         num = len(images)
         first, second = torch.combinations(torch.arange(num)).unbind(1)
         if self._orders == "both":
@@ -210,7 +213,7 @@ class WinRate:
             probability = (forth + 1 - back) / 2
         else:
             probability = self._compare(images, prompts, metadata, first, second)
-        finite = images.isfinite().flatten(1).all(1).cpu()
+        finite = finite_images(images).cpu()
         probability[~(finite[first] & finite[second])] = torch.nan
         return win_rates(probability, first, second, num).to(images.device)
 

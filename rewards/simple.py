@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rewards.base import Metadata, check_images
+from rewards.base import Metadata, check_images, finite_images
 
 
 class Brightness:
@@ -51,7 +51,7 @@ class JpegSize:
         check_images(images)
         sizes = [_jpeg_bytes(image) / 1000 for image in pil_images(images.nan_to_num())]
         scores = self._sign * torch.tensor(sizes, dtype=torch.float32, device=images.device)
-        return scores.where(images.isfinite().flatten(1).all(1), torch.nan)
+        return scores.where(finite_images(images), torch.nan)
 
 
 def pil_images(images: Tensor) -> list[Image.Image]:

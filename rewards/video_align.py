@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from rewards.backbones import Placement, checkpoint_file, finite_images, shared
-from rewards.base import Metadata
+from rewards.backbones import Placement, checkpoint_file, shared
+from rewards.base import Metadata, check_counts, finite_images
 from rewards.cards import Card
 from rewards.qwen2_vl_reward import QwenReward, load_reward, smart_size
 from rewards.video_align_prompt import INSTRUCTION, TOKENS
@@ -177,5 +177,4 @@ def _check_videos(videos: Tensor, prompts: Sequence[str]) -> None:
             "expected float videos [B, F, 3, H, W] in [0, 1], got "
             f"{videos.dtype} {list(videos.shape)}"
         )
-    if len(videos) != len(prompts):
-        raise ValueError(f"got {len(videos)} videos and {len(prompts)} prompts; give one each")
+    check_counts({"videos": videos, "prompts": prompts})

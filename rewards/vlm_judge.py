@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewards.backbones import Placement, finite_images
-from rewards.base import Metadata, check_images
+from rewards.backbones import Placement
+from rewards.base import Metadata, check_counts, check_images, finite_images
 from rewards.cards import Card
 from rewards.simple import pil_images
 from rewards.vlm import Question, make_vlm
@@ -138,7 +138,7 @@ class VlmJudge:
             ConnectionError, TimeoutError: the endpoint failed for good.
         """
         check_images(images)
-        check_counts(len(images), prompts)
+        check_counts({"images": images, "prompts": prompts})
         index = finite_images(images).nonzero().flatten().tolist()
         questions = [
             Question((image,), ask(self._question, prompts[i]))
@@ -233,8 +233,8 @@ class VlmPairJudge:
         """
         check_images(first)
         check_images(second)
-        check_counts(len(first), prompts)
-        check_counts(len(second), prompts)
+        check_counts({"images": first, "prompts": prompts})
+        check_counts({"images": second, "prompts": prompts})
         whole = finite_images(first) & finite_images(second).to(first.device)
         index = whole.nonzero().flatten().tolist()
         pairs = zip(index, pil_images(first[index]), pil_images(second[index]), strict=True)
@@ -264,9 +264,3 @@ def check_question(template: str) -> str:
 def ask(template: str, prompt: str) -> str:
     """The question about `prompt`. Not str.format: braces of a prompt are text."""
     return template.replace("{prompt}", prompt)
-
-
-def check_counts(num_images: int, prompts: Sequence[str]) -> None:
-    """Raises ValueError unless there is one prompt per image."""
-    if num_images != len(prompts):
-        raise ValueError(f"got {num_images} images and {len(prompts)} prompts; give one each")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rewards.backbones import Placement, pretrained_model, pretrained_processor, score_in_batches
-from rewards.base import Metadata
+from rewards.base import Metadata, check_counts
 from rewards.cards import Card
 from rewards.simple import pil_images
 
@@ -87,8 +87,7 @@ class VqaScore:
                 several tokens, or a model without chat template.
             OSError: the weights are neither on this machine nor to be had.
         """
-        if len(prompts) != len(images):
-            raise ValueError(f"got {len(images)} images and {len(prompts)} prompts; give one each")
+        check_counts({"images": images, "prompts": prompts})
         scores = torch.full((len(images),), torch.nan, device=images.device)
         for prompt in dict.fromkeys(prompts):
             index = [i for i, each in enumerate(prompts) if each == prompt]

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rewards.base import check_counts, finite_images
 from rewards.shapes.reward import check_canvases
 
 FOLDER = Path(__file__).parents[1] / "weights" / "shapes_proxy"
@@ -134,12 +135,11 @@ class ShapesProxy:
             FileNotFoundError: the folder lacks config or weights.
         """
         check_canvases(images)
-        if len(prompts) != len(images):
-            raise ValueError(f"got {len(images)} images and {len(prompts)} prompts; give one each")
+        check_counts({"images": images, "prompts": prompts})
         if not len(images):
             return images.new_zeros(0, dtype=torch.float32)
         scores = self._network(images.float().to(self._device), prompts).to(images.device)
-        return scores.where(images.isfinite().flatten(1).all(1), torch.nan)
+        return scores.where(finite_images(images), torch.nan)
 
     @cached_property
     def _network(self) -> ProxyNetwork:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rewards.base import Metadata, check_images
+from rewards.base import Metadata, check_images, finite_images
 from rewards.shapes.detect import detect
 from rewards.shapes.score import ScoreDetail, score_detections
 from rewards.shapes.vocabulary import IMAGE_SIZE
@@ -55,7 +55,7 @@ class ShapesReward:
         if len(metadata) != len(images):
             raise ValueError(f"expected {len(images)} rows of metadata, got {len(metadata)}")
         arrays = images.detach().cpu().float().numpy()
-        finite = torch.isfinite(images).flatten(1).all(1).tolist()
+        finite = finite_images(images).tolist()
         return [
             score_detections(detect(array), row) if usable else None
             for array, row, usable in zip(arrays, metadata, finite, strict=True)
