@@ -3,6 +3,7 @@
 A judge puts questions, each some images and a text, to a `Vlm`: a model of transformers in this
 process (`rewards.vlm_local`), or one behind an OpenAI-compatible endpoint (`rewards.vlm_endpoint`).
 What the answers mean is the judges' affair (`rewards.vlm_answers`, `rewards.vlm_judge`).
+Reading order: `Vlm`, `make_vlm`, `about_images`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from PIL import Image
+from torch import Tensor
 
 from rewards.backbones import Placement
+from rewards.base import check_counts, check_images, finite_images
+from rewards.simple import pil_images
 
 
 @dataclass(frozen=True)
@@ -90,3 +94,20 @@ def make_vlm(
     from rewards.vlm_endpoint import EndpointVlm, read_endpoint
 
     return EndpointVlm(model, read_endpoint(endpoint, reward=reward), reward=reward)
+
+
+def about_images(images: Tensor, texts: Sequence[str]) -> tuple[list[int], list[Question]]:
+    """Which of the images can be looked at, and a question about each of those.
+
+    Args:
+        images: float [B, 3, H, W] in [0, 1].
+        texts: B questions, of a prompt each.
+
+    Raises:
+        ValueError: images of another shape or kind, or not one prompt per image.
+    """
+    check_images(images)
+    check_counts({"images": images, "prompts": texts})
+    index = finite_images(images).nonzero().flatten().tolist()
+    pictures = pil_images(images[index])
+    return index, [Question((pictures[k],), texts[i]) for k, i in enumerate(index)]

@@ -19,7 +19,7 @@ from rewards.backbones import Placement
 from rewards.base import Metadata, check_counts, check_images, finite_images
 from rewards.cards import Card
 from rewards.simple import pil_images
-from rewards.vlm import Question, make_vlm
+from rewards.vlm import Question, about_images, make_vlm
 from rewards.vlm_answers import compile_pattern, number, share, verdict
 
 MODES = ("yes_no", "score")
@@ -137,13 +137,7 @@ class VlmJudge:
             OSError: the weights are neither on this machine nor to be had.
             ConnectionError, TimeoutError: the endpoint failed for good.
         """
-        check_images(images)
-        check_counts({"images": images, "prompts": prompts})
-        index = finite_images(images).nonzero().flatten().tolist()
-        questions = [
-            Question((image,), ask(self._question, prompts[i]))
-            for i, image in zip(index, pil_images(images[index]), strict=True)
-        ]
+        index, questions = about_images(images, [ask(self._question, each) for each in prompts])
         scores, parsed = torch.full((2, len(images)), torch.nan)
         if questions:
             scores[index] = torch.tensor(self._read(questions), dtype=torch.float32)

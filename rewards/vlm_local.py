@@ -2,7 +2,8 @@
 
 Any image-text-to-text model with a chat template. Questions of the same text and image sizes have
 equally many tokens and go through the model together, so nothing is padded and an answer does not
-depend on its batch. Reading order: `LocalVlm.answers`, `LocalVlm.first_words`.
+depend on its batch. Reading order: `LocalVlm.answers`, `LocalVlm.first_words`,
+`LocalVlm.first_tokens`.
 """
 
 from __future__ import annotations
@@ -67,7 +68,23 @@ class LocalVlm:
             OSError: the model is neither on this machine nor to be had.
             ValueError: the model cannot chat, or a word is no token of it.
         """
-        ids = [self._ids(word) for word in words]
+        return self.first_tokens(questions, [self._ids(word) for word in words])
+
+    def first_tokens(
+        self, questions: Sequence[Question], ids: Sequence[Sequence[int]]
+    ) -> list[tuple[float, ...]]:
+        """For each question, the probability that the answer begins with a token of each set.
+
+        Over the whole vocabulary, in float32.
+
+        Args:
+            questions: any number of them.
+            ids: sets of tokens.
+
+        Raises:
+            OSError: the model is neither on this machine nor to be had.
+            ValueError: the model cannot chat.
+        """
 
         def ask(batch: Sequence[Question]) -> list[tuple[float, ...]]:
             model, _ = self._loaded
@@ -77,6 +94,21 @@ class LocalVlm:
             return list(zip(*columns, strict=True))
 
         return self._in_batches(ask, questions)
+
+    def token(self, answer: str) -> int:
+        """The one token that is `answer` to the letter.
+
+        Raises:
+            OSError: the model is neither on this machine nor to be had.
+            ValueError: the model cannot chat, or it spells `answer` with several tokens.
+        """
+        ids = self._loaded[1].tokenizer.encode(answer, add_special_tokens=False)
+        if len(ids) != 1:
+            raise ValueError(
+                f"the answer must be one token of {self._name}, but {answer!r} is {len(ids)}; "
+                "choose another word"
+            )
+        return int(ids[0])
 
     @torch.no_grad()
     def _in_batches(

@@ -3,22 +3,21 @@
 Paper: VQAScore, arXiv:2404.01291, eq. 1. Differs: the paper's best model, CLIP-FlanT5, is of a kind
 (encoder and decoder) that transformers has no class for. Here any image-text-to-text model of
 transformers with a chat template answers; scores of different models are not comparable. Reading
-order: `VqaScore.score`, `VqaScore._ask`.
+order: `VqaScore.score`, `rewards.vlm_local`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rewards.backbones import Placement, pretrained_model, pretrained_processor, score_in_batches
-from rewards.base import Metadata, check_counts
+from rewards.backbones import Placement
+from rewards.base import Metadata
 from rewards.cards import Card
-from rewards.simple import pil_images
+from rewards.vlm import about_images
+from rewards.vlm_local import LocalVlm
 
 QUESTION = 'Does this figure show "{text}"? Please answer yes or no.'
 
@@ -75,7 +74,7 @@ class VqaScore:
         if "{text}" not in question:
             raise ValueError(f'question must hold "{{text}}" for the prompt, got {question!r}')
         self.model, self.question, self.answer = model, question, answer
-        self._placement = Placement(device, dtype, batch_size)
+        self._vlm = LocalVlm(model, Placement(device, dtype, batch_size), reward="VqaScore")
 
     def score(
         self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] = ()
@@ -87,64 +86,11 @@ class VqaScore:
                 several tokens, or a model without chat template.
             OSError: the weights are neither on this machine nor to be had.
         """
-        check_counts({"images": images, "prompts": prompts})
-        scores = torch.full((len(images),), torch.nan, device=images.device)
-        for prompt in dict.fromkeys(prompts):
-            index = [i for i, each in enumerate(prompts) if each == prompt]
-            scores[index] = score_in_batches(
-                lambda chosen, prompt=prompt: self._ask(chosen, prompt),
-                images[index],
-                batch_size=self._placement.batch_size,
-            )
-        return scores
-
-    def _ask(self, images: Tensor, prompt: str) -> Tensor:
-        """P(answer), float32 [b], for images of one prompt."""
-        model, processor = self._loaded
         # Not str.format: braces of the prompt, or of the question, are text.
-        question = {"type": "text", "text": self.question.replace("{text}", prompt)}
-        conversations = [
-            [{"role": "user", "content": [{"type": "image", "image": image}, question]}]
-            for image in pil_images(images)
-        ]
-        inputs = processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        ).to(model.device, model.dtype)
-        logits = model(**inputs, logits_to_keep=1).logits[:, -1].float()
-        probability: Tensor = logits.softmax(-1)[:, self._answer_id]
-        return probability
-
-    @cached_property
-    def _answer_id(self) -> int:
-        ids = self._loaded[1].tokenizer.encode(self.answer, add_special_tokens=False)
-        if len(ids) != 1:
-            raise ValueError(
-                f"the answer must be one token of {self.model}, but {self.answer!r} is {len(ids)}; "
-                "choose another word"
-            )
-        return int(ids[0])
-
-    @cached_property
-    def _loaded(self) -> tuple[Any, Any]:
-        """The frozen model and its processor."""
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
-        processor = pretrained_processor(AutoProcessor, self.model, reward="VqaScore")
-        if processor.chat_template is None:
-            raise ValueError(
-                f"VqaScore's model {self.model!r} has no chat template in its processor; expected "
-                "an instruction-tuned image-text-to-text model, such as Qwen/Qwen2.5-VL-7B-Instruct"
-            )
-        model = pretrained_model(
-            AutoModelForImageTextToText, self.model, self._placement, reward="VqaScore"
-        )
-        if model.config.get_text_config(decoder=True).is_encoder_decoder:
-            raise ValueError(
-                f"VqaScore's model {self.model!r} has an encoder and a decoder; expected a model "
-                "that continues its prompt, such as Qwen/Qwen2.5-VL-7B-Instruct"
-            )
-        return model, processor
+        texts = [self.question.replace("{text}", prompt) for prompt in prompts]
+        index, questions = about_images(images, texts)
+        scores = torch.full((len(images),), torch.nan)
+        if questions:
+            found = self._vlm.first_tokens(questions, [[self._vlm.token(self.answer)]])
+            scores[index] = torch.tensor(found, dtype=torch.float32)[:, 0]
+        return scores.to(images.device)

@@ -12,80 +12,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from torch import Tensor, nn
 
 import rewards
 from flowrl.testing import check_reward
 from rewards.vqa_score import VqaScore
+from tests.reward_models.tiny_llava import PLAIN, ByHand, spelt, write_llava
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-SPECIAL = ["<s>", "</s>", "<pad>", "<image>"]
-BYTES = bytes_to_unicode()
-NAMES = [*SPECIAL, *BYTES.values(), "Ye", "Yes"]
-TEMPLATE = (
-    "<s>{% for m in messages %}USER: {% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }}{% endif %}"
-    "{% endfor %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
-)
+NAMES = [*PLAIN, "Ye", "Yes"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaVA of width 32: 28 x 28 pixels, four image tokens, a token per byte, and "Yes"."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import (
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-        PreTrainedTokenizerFast,
-    )
+    """A LLaVA with a token per byte, and "Yes", that may say all of them."""
 
-    folder = tmp_path_factory.mktemp("llava")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-             "num_attention_heads": 2}  # fmt: skip
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**sizes, image_size=28, patch_size=14, projection_dim=16),
-        text_config=LlamaConfig(
-            **sizes, num_key_value_heads=2, vocab_size=len(NAMES), max_position_embeddings=512
-        ),
-        image_token_index=3,
-        vision_feature_layer=-1,
-    )
-    torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(config)
-    with torch.no_grad():
+    def speak(model: nn.Module) -> None:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(6)
-    model.save_pretrained(folder)
-    vocabulary = {name: index for index, name in enumerate(NAMES)}
+
     merges = [("Y", "e"), ("Ye", "s")]
-    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        additional_special_tokens=["<image>"],
-    )
-    LlavaProcessor(
-        image_processor=CLIPImageProcessor(
-            size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
-        ),
-        tokenizer=tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        chat_template=TEMPLATE,
-        num_additional_image_tokens=1,
-    ).save_pretrained(folder)
-    return folder
+    return write_llava(tmp_path_factory.mktemp("llava"), NAMES, merges, speak)
 
 
 @pytest.fixture(scope="module")
@@ -96,24 +43,14 @@ def small() -> Tensor:
 
 def oracle(folder: Path, image: Tensor, question: str, answer: str = "Yes") -> float:
     """P(answer) with pixels and tokens by hand, one image at a time."""
-    from transformers import LlavaForConditionalGeneration
-
-    model = LlavaForConditionalGeneration.from_pretrained(folder)
-    levels = np.rint(image.permute(1, 2, 0).numpy() * 255)
-    pixels = torch.tensor((levels / 255 - MEAN) / STD).float().permute(2, 0, 1)
-    before, after = "USER: ", f"\n{question} ASSISTANT:"
-    ids = [0, *spelt(before), 3, 3, 3, 3, *spelt(after)]
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([ids]), pixel_values=pixels[None]).logits[0, -1]
-    exponents = (logits.double() - logits.max()).exp()
-    return float(exponents[NAMES.index(answer)] / exponents.sum())
+    logits = ByHand(folder, with_yes).logits([image], question, [])
+    return float(logits.softmax(0)[NAMES.index(answer)])
 
 
-def spelt(text: str) -> list[int]:
+def with_yes(text: str) -> list[int]:
     """A token per byte, and one for each "Yes"."""
-    parts = [[NAMES.index(BYTES[b]) for b in part.encode()] for part in text.split("Yes")]
-    ids = parts[0]
-    for part in parts[1:]:
+    ids, *parts = [spelt(part) for part in text.split("Yes")]
+    for part in parts:
         ids = [*ids, NAMES.index("Yes"), *part]
     return ids
 

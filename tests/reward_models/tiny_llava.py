@@ -6,7 +6,9 @@ yes and no have rows in the output layer; what it says depends on the image and 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,8 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 BYTES = bytes_to_unicode()
 SPACE = BYTES[32]
 WORDS = ["Yes", "yes", SPACE + "YES", "No", SPACE + "no", "Yesno"]
-NAMES = ["<s>", "</s>", "<pad>", "<image>", *BYTES.values(), *WORDS]
+PLAIN = ["<s>", "</s>", "<pad>", "<image>", *BYTES.values()]
+NAMES = [*PLAIN, *WORDS]
 END = 1
 DIGITS = [NAMES.index(str(digit)) for digit in range(10)]
 YES = [NAMES.index(word) for word in WORDS[:3]]
@@ -30,8 +33,34 @@ TEMPLATE = (
 )
 
 
-def write_llava(folder: Path) -> Path:
-    """Writes the model, its processor and its chat template, as published ones are laid out."""
+def in_digits(model: Any) -> None:
+    """Few words, loudly; see above."""
+    for name, parameter in model.named_parameters():
+        if "embed_tokens" in name:
+            parameter.mul_(0.6)  # else the last token would drown what was seen and read
+        elif parameter.ndim > 1:
+            parameter.mul_(6 if "vision" in name or "lm_head" in name else 12)
+    rows = model.lm_head.weight
+    silent = [i for i in range(len(NAMES)) if i not in (*DIGITS, *YES, *NO, END)]
+    rows[silent] = 0
+    rows[DIGITS] *= 4
+    rows[END] *= 2
+
+
+def write_llava(
+    folder: Path,
+    names: list[str] = NAMES,
+    merges: Sequence[tuple[str, str]] = (),
+    speak: Callable[[Any], None] = in_digits,
+) -> Path:
+    """Writes the model, its processor and its chat template, as published ones are laid out.
+
+    Args:
+        folder: where to.
+        names: of the tokens; `PLAIN`, and others behind.
+        merges: of byte pairs into further names.
+        speak: changes the weights from which the model begins.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import (
         CLIPImageProcessor,
@@ -48,7 +77,7 @@ def write_llava(folder: Path) -> Path:
     text = LlamaConfig(
         **sizes,
         num_key_value_heads=2,
-        vocab_size=len(NAMES),
+        vocab_size=len(names),
         max_position_embeddings=512,
         bos_token_id=0,
         eos_token_id=END,
@@ -63,21 +92,12 @@ def write_llava(folder: Path) -> Path:
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "embed_tokens" in name:
-                parameter.mul_(0.6)  # else the last token would drown what was seen and read
-            elif parameter.ndim > 1:
-                parameter.mul_(6 if "vision" in name or "lm_head" in name else 12)
-        rows = model.lm_head.weight
-        silent = [i for i in range(len(NAMES)) if i not in (*DIGITS, *YES, *NO, END)]
-        rows[silent] = 0
-        rows[DIGITS] *= 4
-        rows[END] *= 2
+        speak(model)
     model.generation_config.eos_token_id = END
     model.generation_config.pad_token_id = 2
     model.save_pretrained(folder)
-    vocabulary = {name: index for index, name in enumerate(NAMES)}
-    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    vocabulary = {name: index for index, name in enumerate(names)}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
@@ -99,22 +119,28 @@ def write_llava(folder: Path) -> Path:
     return folder
 
 
+def spelt(text: str) -> list[int]:
+    """A token per byte."""
+    return [PLAIN.index(BYTES[byte]) for byte in text.encode()]
+
+
 class ByHand:
     """The same model with tokens and pixels by hand, one question at a time."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, spelt: Callable[[str], list[int]] = spelt) -> None:
         from transformers import LlavaForConditionalGeneration
 
+        self._spelt = spelt
         self._model = LlavaForConditionalGeneration.from_pretrained(folder)
 
     def logits(self, images: list[Tensor], text: str, said: list[int]) -> Tensor:
         """Of the next token, float64 [V], after the question and the tokens `said`."""
         levels = [np.rint(image.permute(1, 2, 0).numpy() * 255) for image in images]
         pixels = [torch.tensor((each / 255 - MEAN) / STD).float() for each in levels]
-        ids = [0, *_spelt("USER: ")]
+        ids = [0, *self._spelt("USER: ")]
         for _ in images:
-            ids += [3, 3, 3, 3, *_spelt("\n")]
-        ids += [*_spelt(f"{text} ASSISTANT:"), *said]
+            ids += [3, 3, 3, 3, *self._spelt("\n")]
+        ids += [*self._spelt(f"{text} ASSISTANT:"), *said]
         with torch.no_grad():
             out = self._model(
                 input_ids=torch.tensor([ids]), pixel_values=torch.stack(pixels).permute(0, 3, 1, 2)
@@ -136,7 +162,3 @@ class ByHand:
         weights = (self.logits(images, text, [])).exp()
         yes, no = float(weights[YES].sum()), float(weights[NO].sum())
         return yes / (yes + no)
-
-
-def _spelt(text: str) -> list[int]:
-    return [NAMES.index(BYTES[byte]) for byte in text.encode()]
