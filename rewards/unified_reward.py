@@ -9,21 +9,17 @@ answers others, too, which are not here. Reading order: `UnifiedReward`, `Unifie
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from rewards.base import Metadata
 from rewards.cards import Card
+from rewards.vlm import NUM_PARAMETERS, PREPROCESSING
 from rewards.vlm_judge import VlmJudge, VlmPairJudge
 
 _MODEL = "CodeGoat24/UnifiedReward-qwen-7b"
-_SIZE = 8_292_166_656  # Qwen2.5-VL-7B
-_PREPROCESSING = "8 bit RGB, then the model's own processor and chat template; PNG to an endpoint"
-_VERIFIED = (
-    "question and reading of answers against the published script and its examples, behind an "
-    "endpoint; the answering itself as vlm_judge; not run on the published weights"
-)
 
 POINT = (
     "You are given a text caption and a generated image based on that caption. Your task is to "
@@ -92,9 +88,10 @@ class UnifiedReward:
         paper="UnifiedReward, arXiv:2503.05236",
         inputs=inputs,
         range=range,
-        parameters=_SIZE,
-        preprocessing=_PREPROCESSING,
-        verified=_VERIFIED,
+        parameters=NUM_PARAMETERS,
+        preprocessing=PREPROCESSING,
+        verified="question and reading of answers against the published script and its examples, "
+        "behind an endpoint; the answering itself as vlm_judge; not run on the published weights",
     )
 
     def __init__(
@@ -150,16 +147,11 @@ class UnifiedRewardPairs:
 
     inputs = ("images", "prompts")
     range = (0.0, 1.0)  # of P(first wins)
-    card = Card(
+    card = replace(
+        UnifiedReward.card,
         name="unified_reward_pairs",
-        model=f"{_MODEL}, here or behind an OpenAI-compatible endpoint",
-        licence="MIT",
         paper="UnifiedReward, arXiv:2503.05236; a judge of pairs, for win_rate",
-        inputs=inputs,
         range=range,
-        parameters=_SIZE,
-        preprocessing=_PREPROCESSING,
-        verified=_VERIFIED,
     )
 
     def __init__(

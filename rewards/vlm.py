@@ -19,6 +19,10 @@ from rewards.backbones import Placement
 from rewards.base import check_counts, check_images, finite_images
 from rewards.simple import pil_images
 
+MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"  # the default of judges in general
+NUM_PARAMETERS = 8_292_166_656  # of it and of what was made from it
+PREPROCESSING = "8 bit RGB, then the model's own processor and chat template; PNG to an endpoint"
+
 
 @dataclass(frozen=True)
 class Question:

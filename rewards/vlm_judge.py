@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,14 @@ from rewards.backbones import Placement
 from rewards.base import Metadata, check_counts, check_images, finite_images
 from rewards.cards import Card
 from rewards.simple import pil_images
-from rewards.vlm import Question, about_images, make_vlm
+from rewards.vlm import (
+    MODEL,
+    NUM_PARAMETERS,
+    PREPROCESSING,
+    Question,
+    about_images,
+    make_vlm,
+)
 from rewards.vlm_answers import compile_pattern, number, share, verdict
 
 MODES = ("yes_no", "score")
@@ -35,13 +43,6 @@ PAIR = (
 NUMBER_ALONE = r"^\W*?(-?\d+(?:\.\d+)?)\W*$"
 VERDICT_ALONE = r"^\W*(Image 1|Image 2|Tie)\W*$"
 VERDICTS = {"Image 1": 1.0, "Image 2": 0.0, "Tie": 0.5}
-_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
-_SIZE = 8_292_166_656
-_PREPROCESSING = "8 bit RGB, then the model's own processor and chat template; PNG to an endpoint"
-_VERIFIED = (
-    "a random LLaVA of the published format, here and behind `transformers serve`, and an endpoint "
-    "that misbehaves; not run on published weights"
-)
 
 
 class VlmJudge:
@@ -79,20 +80,21 @@ class VlmJudge:
     higher_is_better = True
     card = Card(
         name="vlm_judge",
-        model=f"{_MODEL}, or any other, or one behind an OpenAI-compatible endpoint",
+        model=f"{MODEL}, or any other, or one behind an OpenAI-compatible endpoint",
         licence="Apache-2.0 (the default model)",
         paper="none; a judge in general",
         inputs=inputs,
         range=range,
-        parameters=_SIZE,
-        preprocessing=_PREPROCESSING,
-        verified=_VERIFIED,
+        parameters=NUM_PARAMETERS,
+        preprocessing=PREPROCESSING,
+        verified="a random LLaVA of the published format, here and behind `transformers serve`, "
+        "and an endpoint that misbehaves; not run on published weights",
     )
 
     def __init__(
         self,
         *,
-        model: str = _MODEL,
+        model: str = MODEL,
         mode: str = "yes_no",
         question: str | None = None,
         words: Sequence[str] = ("yes", "no"),
@@ -173,22 +175,17 @@ class VlmPairJudge:
 
     inputs = ("images", "prompts")
     range = (0.0, 1.0)  # of P(first wins)
-    card = Card(
+    card = replace(
+        VlmJudge.card,
         name="vlm_pair_judge",
-        model=f"{_MODEL}, or any other, or one behind an OpenAI-compatible endpoint",
-        licence="Apache-2.0 (the default model)",
         paper="none; a judge of pairs in general, for win_rate",
-        inputs=inputs,
         range=range,
-        parameters=_SIZE,
-        preprocessing=_PREPROCESSING,
-        verified=_VERIFIED,
     )
 
     def __init__(
         self,
         *,
-        model: str = _MODEL,
+        model: str = MODEL,
         question: str = PAIR,
         pattern: str = VERDICT_ALONE,
         verdicts: Mapping[str, float] = VERDICTS,

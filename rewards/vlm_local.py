@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from rewards.backbones import Placement, pretrained_model, pretrained_processor
-from rewards.vlm import Answer, Question
+from rewards.vlm import MODEL, Answer, Question
 
 T = TypeVar("T")
 
@@ -178,8 +178,7 @@ class LocalVlm:
         if getattr(processor, "chat_template", None) is None:
             raise ValueError(
                 f"{self._reward}'s model {self._name!r} has no chat template in its processor; "
-                "expected an instruction-tuned image-text-to-text model, such as "
-                "Qwen/Qwen2.5-VL-7B-Instruct"
+                f"expected an instruction-tuned image-text-to-text model, such as {MODEL}"
             )
         model = pretrained_model(
             AutoModelForImageTextToText, self._name, self._placement, reward=self._reward
@@ -187,6 +186,6 @@ class LocalVlm:
         if model.config.get_text_config(decoder=True).is_encoder_decoder:
             raise ValueError(
                 f"{self._reward}'s model {self._name!r} has an encoder and a decoder; expected a "
-                "model that continues its prompt, such as Qwen/Qwen2.5-VL-7B-Instruct"
+                f"model that continues its prompt, such as {MODEL}"
             )
         return model, processor

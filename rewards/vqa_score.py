@@ -16,7 +16,7 @@ from torch import Tensor
 from rewards.backbones import Placement
 from rewards.base import Metadata
 from rewards.cards import Card
-from rewards.vlm import about_images
+from rewards.vlm import MODEL, NUM_PARAMETERS, about_images
 from rewards.vlm_local import LocalVlm
 
 QUESTION = 'Does this figure show "{text}"? Please answer yes or no.'
@@ -49,12 +49,12 @@ class VqaScore:
     higher_is_better = True
     card = Card(
         name="vqa_score",
-        model="Qwen/Qwen2.5-VL-7B-Instruct (the paper's CLIP-FlanT5 cannot be loaded)",
+        model=f"{MODEL} (the paper's CLIP-FlanT5 cannot be loaded)",
         licence="Apache-2.0",
         paper="VQAScore, arXiv:2404.01291",
         inputs=inputs,
         range=range,
-        parameters=8_292_166_656,
+        parameters=NUM_PARAMETERS,
         preprocessing="8 bit RGB, then the model's own processor; question 'Does this figure show "
         '"..."? Please answer yes or no.\' in its chat template',
         verified="a random LLaVA of the published format against its own network with tokens and "
@@ -64,7 +64,7 @@ class VqaScore:
     def __init__(
         self,
         *,
-        model: str = "Qwen/Qwen2.5-VL-7B-Instruct",
+        model: str = MODEL,
         question: str = QUESTION,
         answer: str = "Yes",
         device: str | None = None,
