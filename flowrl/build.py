@@ -193,7 +193,7 @@ def build_method(config: Config, where: str) -> Method:
     name, make = config.method.name, METHODS.get(config.method.name)
     here = f"{where}: method.name={name}"
     if make is None:
-        make = find_plugin(name, "flowrl.methods", METHODS, where=here)
+        make = find_plugin(name, "method", METHODS, where=here)
     args = check_call(make, config.method.args, where=f"{where}: method.args")
     try:
         method = make(**args)

@@ -1,4 +1,4 @@
-"""Methods and pipelines that are not ours: of other distributions, or named by their path.
+"""Methods, pipelines and tokenizers that are not ours: of other distributions, or by their path.
 
 A distribution registers `name = "package.module:object"` in its entry points of the group
 `flowrl.methods`, `flowrl.pipelines`, `flowrl.tokenizers` or `flowrl.rewards`; nothing is imported
@@ -9,19 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, Literal
 
 from flowrl.errors import ConfigError, closest
 
-GROUPS = ("flowrl.rewards", "flowrl.methods", "flowrl.pipelines", "flowrl.tokenizers")
+Kind = Literal["method", "pipeline", "tokenizer"]
 
 
-def find_plugin(name: str, group: str, ours: Iterable[str], *, where: str) -> Any:
+def find_plugin(name: str, kind: Kind, ours: Iterable[str], *, where: str) -> Any:
     """The object that a name stands for which is none of ours.
 
     Args:
-        name: of an entry point of the group, or "package.module:Name", or "./file.py:name".
-        group: one of `GROUPS`.
+        name: of an entry point of the kind's group, or "package.module:Name", or "./file.py:name".
+        kind: what is looked for.
         ours: names that flowrl has itself, for the message.
         where: file, key and value in the user's words.
 
@@ -30,16 +30,14 @@ def find_plugin(name: str, group: str, ours: Iterable[str], *, where: str) -> An
     """
     from rewards.registry import attribute
 
-    registered = {entry.name: entry for entry in entry_points(group=group)}
+    registered = {entry.name: entry for entry in entry_points(group=f"flowrl.{kind}s")}
     try:
         if ":" in name:
-            return attribute(name, where)
+            return attribute(name)
         if name in registered:
             return registered[name].load()
     except (LookupError, ImportError, AttributeError) as error:
-        text = str(error.args[0] if error.args else error)
-        raise ConfigError(text if text.startswith(where) else f"{where}: {text}") from error
-    kind = group.rpartition(".")[2].removesuffix("s")
+        raise ConfigError(f"{where}: {error.args[0] if error.args else error}") from error
     raise ConfigError(
         f"{where} is not a {kind}; {closest(name, (*ours, *registered))}, or 'package.module:Name'"
     )

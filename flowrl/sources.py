@@ -88,7 +88,7 @@ def find_adapter(model: ModelSource, where: str) -> Any:
 
     if model.pipeline not in PIPELINES:
         here = f"{where}: model.pipeline={model.pipeline}"
-        return find_plugin(model.pipeline, "flowrl.pipelines", PIPELINES, where=here)
+        return find_plugin(model.pipeline, "pipeline", PIPELINES, where=here)
     module, _, name = PIPELINES[model.pipeline].partition(":")
     return getattr(importlib.import_module(module), name)
 

@@ -98,11 +98,12 @@ def check_members(name: str, made: Any) -> None:
 
 def find(name: str) -> tuple[Any, dict[str, Any]]:
     """The class or function behind a name, and the arguments that the name implies."""
-    if name in _TABLE:
-        path, implied = _TABLE[name]
-        return attribute(path, f"reward {name!r}"), implied
-    if ":" in name:
-        return attribute(name, f"reward {name!r}"), {}
+    path, implied = _TABLE.get(name, (name, {}))
+    if ":" in path:
+        try:
+            return attribute(path), implied
+        except LookupError as error:
+            raise LookupError(f"reward {name!r}: {error}") from error
     plugins = {entry.name: entry for entry in entry_points(group=PLUGINS)}
     if name in plugins:
         return plugins[name].load(), {}
@@ -111,25 +112,21 @@ def find(name: str) -> tuple[Any, dict[str, Any]]:
                       "or './file.py:function')")  # fmt: skip
 
 
-def attribute(path: str, what: str) -> Any:
+def attribute(path: str) -> Any:
     """What "package.module:Name" or "./file.py:name" points to.
 
-    Args:
-        path: as a person wrote it.
-        what: who asks for it, e.g. "reward 'a.b:C'"; begins the messages.
-
     Raises:
-        LookupError: there is no such module, file or attribute.
+        LookupError: there is no such module, file or attribute; who asks says for what.
     """
     origin, _, name = path.rpartition(":")
-    module = _import_file(origin, what) if origin.endswith(".py") else _import(origin, what)
+    module = _import_file(origin) if origin.endswith(".py") else _import(origin)
     if not name or not hasattr(module, name):
         public = [key for key in vars(module) if not key.startswith("_")]
-        raise LookupError(f"{what}: {origin} has no {name!r}{_hint(name, public)}")
+        raise LookupError(f"{origin} has no {name!r}{_hint(name, public)}")
     return getattr(module, name)
 
 
-def _import(module: str, what: str) -> Any:
+def _import(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -137,16 +134,16 @@ def _import(module: str, what: str) -> Any:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
         raise LookupError(
-            f"{what}: there is no module {error.name!r}; expected 'package.module:Name' "
+            f"there is no module {error.name!r}; expected 'package.module:Name' "
             "of an installed package, or './file.py:function'"
         ) from error
 
 
-def _import_file(file: str, what: str) -> Any:
+def _import_file(file: str) -> Any:
     path = Path(file).expanduser().resolve()
     spec = importlib.util.spec_from_file_location(f"plugin_{path.stem}", path)
     if not path.is_file() or spec is None or spec.loader is None:
-        raise LookupError(f"{what}: there is no file {path}")
+        raise LookupError(f"there is no file {path}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where a dataclass in the file looks for its own module
     spec.loader.exec_module(module)

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from flowrl import yamlio
 from flowrl.errors import ConfigError, DataError, FlowrlError, RewardError
-from flowrl.plugins import GROUPS
 from flowrl.testing import check_reward
 from flowrl.train.scoring import RewardSet
 from flowrl.types import Prompt, PromptBatch
@@ -52,6 +51,7 @@ def list_rewards() -> None:
     """Print the rewards of the table and of plug-ins, and what each reads."""
     from rewards import NAMES
     from rewards.cards import cards
+    from rewards.registry import PLUGINS
 
     known = cards()
     rows = [("name", "reads", "per", "model")]
@@ -63,7 +63,7 @@ def list_rewards() -> None:
         reads = ", ".join(inputs) if isinstance(inputs, tuple) else "as given"
         per = scope if isinstance(scope, str) else "as given"
         rows.append((name, reads, per, card.model if card else "–"))
-    for entry in entry_points(group=GROUPS[0]):
+    for entry in entry_points(group=PLUGINS):
         origin = entry.dist.name if entry.dist else "a plug-in"
         rows.append((entry.name, "", "", f"plug-in of {origin}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
