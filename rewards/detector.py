@@ -218,7 +218,7 @@ def load_detector(source: str, placement: Placement, *, reward: str, argument: s
         raise ValueError(
             f"{reward}'s {argument} {source!r} is a {architecture}; expected a model for "
             "universal segmentation or object detection, such as "
-            "facebook/mask2former-swin-large-coco-instance"
+            "facebook/mask2former-swin-small-coco-instance"
         )
     kind = AutoModelForUniversalSegmentation if has_masks else AutoModelForObjectDetection
     processor = pretrained_processor(AutoImageProcessor, source, **asking)

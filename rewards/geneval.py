@@ -47,9 +47,9 @@ class GenEval:
     most 16 of a class; no suppression of overlaps; `include` looks at the surest `count` objects of
     a class, `exclude` at all; a colour is the likeliest of ten by CLIP ViT-L/14 on the object's box
     with everything else grey, against the mean of three templates.
-    Differs: by default Mask2Former with Swin-L in transformers, which finds more than the published
-    Swin-S (`detector="facebook/mask2former-swin-small-coco-instance"` is the same architecture,
-    trained by others); the image is resized by the detector's own processor, to a multiple of 32
+    Differs: the detector is of the published architecture, Mask2Former with Swin-S, in
+    transformers, trained by its authors and not by mmdet's (`detector=` takes others: Swin-L finds
+    more); the image is resized by the detector's own processor, to a multiple of 32
     without padding; CLIP runs in float32 instead of half precision. The reasons of a verdict:
     `score_detections(objects, row).reason` for the objects of `find`.
 
@@ -80,14 +80,14 @@ class GenEval:
     higher_is_better = True
     card = Card(
         name="geneval",
-        model="facebook/mask2former-swin-large-coco-instance for objects (the benchmark: mmdet's "
+        model="facebook/mask2former-swin-small-coco-instance for objects (the benchmark: mmdet's "
         "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco), openai/clip-vit-large-patch14 for colours",
         licence="'other' by its model card, MIT by its publisher's repository (Mask2Former); MIT "
         "(CLIP)",
         paper="GenEval, arXiv:2310.11513",
         inputs=inputs,
         range=range,
-        parameters=215_525_061 + 427_616_513,
+        parameters=68_741_083 + 427_616_513,
         preprocessing="8 bit RGB, then each model's own processor; for colours the object's box, "
         "grey outside its mask",
         verified="rules by hand and against a second writing of the published ones; objects of a "
@@ -99,7 +99,7 @@ class GenEval:
         self,
         *,
         variant: str = "strict",
-        detector: str = "facebook/mask2former-swin-large-coco-instance",
+        detector: str = "facebook/mask2former-swin-small-coco-instance",
         clip: str = "openai/clip-vit-large-patch14",
         threshold: float = 0.3,
         counting_threshold: float = 0.9,

@@ -115,10 +115,10 @@ def qwen() -> Iterable[nn.Module]:
 def mask2former_and_clip() -> Iterable[nn.Module]:
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
-    swin = SwinConfig(embed_dim=192, depths=[2, 2, 18, 2], num_heads=[6, 12, 24, 48],
-                      window_size=12, image_size=384,
+    swin = SwinConfig(embed_dim=96, depths=[2, 2, 18, 2], num_heads=[3, 6, 12, 24],
+                      window_size=7, image_size=384,
                       out_features=["stage1", "stage2", "stage3", "stage4"])  # fmt: skip
-    config = Mask2FormerConfig(backbone_config=swin, num_queries=200, num_labels=80)
+    config = Mask2FormerConfig(backbone_config=swin, num_queries=100, num_labels=80)
     yield Mask2FormerForUniversalSegmentation(config)
     yield from clip_l()
 
