@@ -61,8 +61,9 @@ def check_teacher(method: Method, config: Config, where: str, guidance_rows: int
         guidance_rows: network rows per state, 2 with classifier-free guidance.
 
     Raises:
-        ConfigError: no reward with a weight, or one beside pairs; a named set of prompts for pairs;
-            pairs and classifier-free guidance, which would be trained on what was not guided.
+        ConfigError: no reward with a weight, or one beside pairs; one clipped loss per reward where
+            none differs from one for all; a named set of prompts for pairs; pairs and
+            classifier-free guidance, which would be trained on what was not guided.
     """
     weighed = [reward.label for reward in config.rewards if reward.weight]
     if not method.takes_pairs:
@@ -71,6 +72,7 @@ def check_teacher(method: Method, config: Config, where: str, guidance_rows: int
                 f"{where}: {method.name} has nothing to train on: rewards names no reward with a "
                 "weight other than 0; name one"
             )
+        _check_separate_losses(method, config, weighed, where)
         return
     if weighed:
         raise ConfigError(
@@ -88,6 +90,25 @@ def check_teacher(method: Method, config: Config, where: str, guidance_rows: int
             f"{where}: {method.name} trains the velocity without guidance, so "
             f"model.guidance_scale={config.model.guidance_scale:g} does not fit; set it to 1, and "
             "eval.guidance_scale to the scale of sampling"
+        )
+
+
+def _check_separate_losses(
+    method: Method, config: Config, weighed: Sequence[str], where: str
+) -> None:
+    """Refuses (ConfigError) one clipped loss per reward where it trains what one for all does."""
+    if method.negative_advantage is None:
+        return
+    here = f"{where}: method.args: reward_losses=separate clips the loss of every reward by itself"
+    if len(weighed) == 1:
+        raise ConfigError(
+            f"{here}, but {weighed[0]} is the only reward with a weight other than 0; leave "
+            "reward_losses out, or add a reward"
+        )
+    if config.optim.updates_per_rollout * config.optim.epochs == 1:
+        raise ConfigError(
+            f"{here}, but with one update per rollout all ratios are 1 and nothing is clipped; "
+            "leave reward_losses out, or set optim.updates_per_rollout or optim.epochs to 2 or more"
         )
 
 

@@ -1,8 +1,8 @@
 """The page docs/methods.md: every method with its paper, its cost, its arguments and its use.
 
-Nothing in it is typed by hand: the texts are the methods' docstrings, the costs are those that
-`flowrl check` prints. Reading order: `read_docstring` (what a method's docstring must say), `cost`,
-`to_markdown`.
+The texts are the methods' docstrings, the costs are those that `flowrl check` prints; only how
+rewards are combined is told here (`_several_rewards`). Reading order: `read_docstring` (what a
+method's docstring must say), `cost`, `to_markdown`.
 """
 
 from __future__ import annotations
@@ -128,7 +128,38 @@ def to_markdown() -> str:
             cells = [f"[`{name}`](#{name})", _cell(text.summary), *numbers, _needs(method)]
             lines.append("| " + " | ".join(cells) + " |")
             details += _section(name, function, method, text, spent)
-    return "\n".join([*lines, "", *details]).rstrip() + "\n"
+    return "\n".join([*lines, "", *_several_rewards(), *details]).rstrip() + "\n"
+
+
+def _several_rewards() -> list[str]:
+    """The lines on the ways to combine rewards."""
+    offers = [n for n, f in METHODS.items() if "reward_losses" in inspect.signature(f).parameters]
+    names = ", ".join(f"`{name}`" for name in offers)
+    return [
+        "## Several rewards",
+        "",
+        "A sample has rewards R_k with weights w_k, and a decision the ratio r of new to old",
+        "probability. Normalised is: minus the mean of the group, over a std.",
+        "",
+        "| combined | a sample's advantage | what is clipped | methods |",
+        "|---|---|---|---|",
+        "| sum of rewards | A = the sum of w_k R_k, normalised: a reward of larger scale counts "
+        "for more | r A, once | all but those below |",
+        "| sum of normalised advantages | A = the sum of w_k A_k, where A_k is R_k normalised by "
+        "itself: scales do not count. GDPO divides A by its std in the whole rollout, so that it "
+        "does not grow with the number of rewards | r A, once | `dance_grpo`, `mix_grpo`, "
+        "`mix_grpo_flash`, `pref_grpo`, `g2rpo`, `neighbor_grpo`; GDPO: `flow_gdpo` |",
+        "| separate clipped losses | every w_k A_k for itself, A_k clamped to advantage_clip | "
+        f"r w_k A_k, each, then added | {names}, each with `reward_losses: separate` |",
+        "",
+        "Opposite rewards cancel in a sum before the clip sees them. Separate losses have the same",
+        "gradient while r is 1 and nothing is clamped; beyond a bound of the clip those rewards",
+        "stop that drive r further, and the others still pull it back with their whole weight.",
+        "So use them where rewards disagree about the same samples and a rollout is learnt from in",
+        "two updates or more. With one update, or one reward, there is nothing to clip apart, and",
+        "`separate` is refused.",
+        "",
+    ]
 
 
 def _section(

@@ -213,11 +213,14 @@ class Chunk:
         decisions: [E] of them.
         advantage: as decisions.old_log_prob; detached.
         weight: [E]; factor on the loss of a decision, detached; None = 1.
+        negative_advantage: as advantage; its share from rewards that blame the sample, where the
+            loss of every reward is clipped by itself; None = that of their sum is.
     """
 
     decisions: Decisions
     advantage: Tensor
     weight: Tensor | None = None
+    negative_advantage: Tensor | None = None
 
 
 @dataclass(frozen=True)

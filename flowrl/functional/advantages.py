@@ -6,10 +6,11 @@ are found by group_id alone: any order, spread out, of unequal sizes. An invalid
 nobody, also when its reward is nan; a reward that is not finite and not marked invalid is refused.
 
 With several rewards, `weighted_sum` adds raw scores before one of the functions, and
-`sum_of_normalized` normalises each score by itself, so that no reward wins by its scale.
+`sum_of_normalized` normalises each score by itself, so that no reward wins by its scale;
+`signed_sums` also tells apart what the rewards that praise a sample say, and those that blame it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -121,12 +122,7 @@ def weighted_sum(rewards: Mapping[str, Tensor], weights: Mapping[str, float]) ->
     Raises:
         ValueError: no rewards, names that differ from the weights', or shapes that differ.
     """
-    if not rewards or rewards.keys() != weights.keys():
-        raise ValueError(
-            f"weights must name exactly the rewards {sorted(rewards)}, but name {sorted(weights)}; "
-            "give a reward that is only watched the weight 0."
-        )
-    require_same_shape(**rewards)
+    _require_weights(rewards, weights)
     total = torch.zeros_like(at_least_float32(next(iter(rewards.values()))))
     for name, weight in weights.items():
         if weight != 0:
@@ -166,6 +162,46 @@ def sum_of_normalized(
         for name, reward in used.items()
     }
     return weighted_sum({**rewards, **normalized}, weights)
+
+
+def signed_sums(
+    rewards: Mapping[str, Tensor],
+    group_id: Tensor,
+    valid: Tensor | None = None,
+    *,
+    weights: Mapping[str, float],
+    normalize: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    limit: float,
+) -> tuple[Tensor, Tensor]:
+    """(sum of the rewards' advantages, sum of the negative ones alone), [N] each, detached.
+
+    Paper: DanceGRPO, arXiv:2505.07818, whose code gives each reward an advantage, and a clipped
+    loss, of its own; `surrogates.ppo_clip_each` takes these two sums. An advantage is
+    weights[name] * clip_advantages(normalize(rewards[name]), limit): clamped before it is weighted,
+    as there. A negative weight turns a reward round: it is clipped like the negated reward.
+
+    Args:
+        rewards: name -> [N].
+        group_id: int64 [N].
+        valid: bool [N], True = all its rewards count; None = all.
+        weights: name -> coefficient, for exactly the rewards; 0 = watched, not used.
+        normalize: (reward, group_id, valid) -> advantage [N], a function of this file.
+        limit: to which each advantage is clamped.
+
+    Returns:
+        The second is at most 0, and at most the first.
+
+    Raises:
+        ValueError: as `weighted_sum`, `clip_advantages` and `normalize`.
+    """
+    _require_weights(rewards, weights)
+    positive = negative = torch.zeros_like(at_least_float32(next(iter(rewards.values()))))
+    for name, weight in weights.items():
+        if weight != 0:
+            advantage = clip_advantages(normalize(rewards[name], group_id, valid), limit)
+            positive = positive + (weight * advantage).clamp(min=0)
+            negative = negative + (weight * advantage).clamp(max=0)
+    return positive + negative, negative
 
 
 def gdpo(
@@ -257,6 +293,15 @@ def _group_std(groups: _Groups, ddof: int) -> Tensor:
     """[N]: std of the sample's group, 0 where it has too few members for one."""
     squares = _group_sum(groups.deviation**2, groups.index, groups.num_groups)
     return torch.sqrt(squares / (groups.size - ddof).clamp(min=1))
+
+
+def _require_weights(rewards: Mapping[str, Tensor], weights: Mapping[str, float]) -> None:
+    if not rewards or rewards.keys() != weights.keys():
+        raise ValueError(
+            f"weights must name exactly the rewards {sorted(rewards)}, but name {sorted(weights)}; "
+            "give a reward that is only watched the weight 0."
+        )
+    require_same_shape(**rewards)
 
 
 def _require_rewards(rewards: Tensor, group_id: Tensor, valid: Tensor) -> None:

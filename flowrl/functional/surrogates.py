@@ -39,6 +39,35 @@ def ppo_clip(ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float
     return torch.minimum(ratio * advantage, clipped * advantage)
 
 
+def ppo_clip_each(
+    ratio: Tensor, advantage: Tensor, negative: Tensor, clip_low: float, clip_high: float
+) -> Tensor:
+    """Sum over rewards of `ppo_clip` of each one's advantage, to be maximised.
+
+    Paper: DanceGRPO, arXiv:2505.07818, as its published code adds one clipped loss per reward. By
+    itself ppo_clip is linear in the advantages of one sign, so of K rewards only two sums matter:
+    sum_k ppo_clip(ratio, A_k) = ppo_clip(ratio, P) + ppo_clip(ratio, M), with P the sum of the
+    positive A_k and M that of the negative ones. At a ratio within the bounds that is
+    ppo_clip(ratio, P + M); beyond one, only the rewards that want to go further are stopped.
+
+    Args:
+        ratio: [...], new over old probability, per decision.
+        advantage: P + M, as ratio, or [N] for ratio [N, ...]: the row's; detached.
+        negative: M, as advantage; at most 0, and at most advantage.
+        clip_low: positive distance below 1, as in `ppo_clip`.
+        clip_high: positive distance above 1.
+
+    Returns:
+        As ratio.
+
+    Raises:
+        ValueError: as `ppo_clip`, or advantage and negative differ in shape.
+    """
+    require_same_shape(advantage=advantage, negative=negative)
+    positive = ppo_clip(ratio, advantage - negative, clip_low, clip_high)
+    return positive + ppo_clip(ratio, negative, clip_low, clip_high)
+
+
 def dppo(ratio: Tensor, advantage: Tensor, kl: Tensor, threshold: float) -> Tensor:
     """Surrogate ratio * advantage where `dppo_keep`, else 0, to be maximised.
 

@@ -21,6 +21,7 @@ from flowrl.methods.objectives import (
     normalized_rewards,
     summed_rewards,
 )
+from flowrl.methods.several import DANCE, RewardLosses, combine
 from flowrl.methods.spec import (
     KERNELS,
     KernelName,
@@ -42,6 +43,7 @@ def flow_grpo(
     clip_range: float = 1e-4,
     advantage_std: AdvantageStd = "global",
     advantage_clip: float = 5.0,
+    reward_losses: RewardLosses = "summed",
     kl: KLName = "paper",
     kl_coef: float = 0.0,
     shared_noise: bool = False,
@@ -63,7 +65,7 @@ def flow_grpo(
         trained=_all_but_last(num_steps),
         keys=shared_start if shared_noise else own_noise,
     )
-    return Method(
+    method = Method(
         name="flow_grpo",
         paper="Flow-GRPO, arXiv:2505.05470",
         policy="flow",
@@ -81,6 +83,7 @@ def flow_grpo(
             "shared noise in a group": shared_noise,
         },
     )
+    return combine(method, reward_losses, normalize=NORMALIZERS[advantage_std], clip=advantage_clip)
 
 
 def dance_grpo(
@@ -91,6 +94,7 @@ def dance_grpo(
     trained_fraction: float = 0.6,
     clip_range: float = 1e-4,
     advantage_clip: float = 5.0,
+    reward_losses: RewardLosses = "summed",
     num_extremes: int | None = None,
     shared_noise: bool = True,
 ) -> Method:
@@ -100,8 +104,8 @@ def dance_grpo(
     normalised one by one in their group (with the published code's eps=1e-8, ddof=1) and then
     summed. num_extremes is its best-of-N selection: only that many of the best and of the worst
     samples of a group are trained (video: 4 and 4 of 24), with the advantages of the whole group.
-    Differs: one clipped loss of the summed advantages, where the published code adds one clipped
-    loss per reward (equal while nothing is clipped).
+    Differs: one clipped loss of the summed advantages; reward_losses="separate" is the published
+    code's, which adds one clipped loss per reward, of an advantage that is clamped by itself.
 
     Use when: the samples of a group should start from one noise, which the paper found to prevent
     reward hacking on video, or its published FLUX runs are your reference.
@@ -117,7 +121,7 @@ def dance_grpo(
         trained_fraction=trained_fraction,
         keys=shared_start if shared_noise else own_noise,
     )
-    return Method(
+    method = Method(
         name="dance_grpo",
         paper="DanceGRPO, arXiv:2505.07818",
         policy="flow",
@@ -135,6 +139,7 @@ def dance_grpo(
             "shared noise in a group": shared_noise,
         },
     )
+    return combine(method, reward_losses, normalize=DANCE, clip=advantage_clip)
 
 
 def mix_grpo(
@@ -152,6 +157,7 @@ def mix_grpo(
     noise_level: float = 0.7,
     clip_range: float = 1e-4,
     advantage_clip: float = 5.0,
+    reward_losses: RewardLosses = "summed",
     kl: KLName = "paper",
     kl_coef: float = 0.0,
     shared_noise: bool = True,
@@ -179,7 +185,7 @@ def mix_grpo(
         keys = shared_start if shared_noise else own_noise
         return StepPlan(num_steps, make_kernel, inside, inside, keys=keys)
 
-    return Method(
+    method = Method(
         name="mix_grpo",
         paper="MixGRPO, arXiv:2507.21802",
         policy="flow",
@@ -196,6 +202,7 @@ def mix_grpo(
             "shared noise in a group": shared_noise,
         },
     )
+    return combine(method, reward_losses, normalize=DANCE, clip=advantage_clip)
 
 
 def mix_grpo_flash(
@@ -211,6 +218,7 @@ def mix_grpo_flash(
     noise_level: float = 0.7,
     clip_range: float = 1e-4,
     advantage_clip: float = 5.0,
+    reward_losses: RewardLosses = "summed",
     kl: KLName = "paper",
     kl_coef: float = 0.0,
     shared_noise: bool = True,
@@ -235,6 +243,7 @@ def mix_grpo_flash(
         noise_level=noise_level,
         clip_range=clip_range,
         advantage_clip=advantage_clip,
+        reward_losses=reward_losses,
         kl=kl,
         kl_coef=kl_coef,
         shared_noise=shared_noise,
@@ -261,6 +270,7 @@ def flow_grpo_fast(
     clip_range: float = 1e-5,
     advantage_std: AdvantageStd = "global",
     advantage_clip: float = 5.0,
+    reward_losses: RewardLosses = "summed",
     kl: KLName = "paper",
     kl_coef: float = 0.0,
     shared_noise: bool = False,
@@ -282,6 +292,7 @@ def flow_grpo_fast(
         clip_range=clip_range,
         advantage_std=advantage_std,
         advantage_clip=advantage_clip,
+        reward_losses=reward_losses,
         kl=kl,
         kl_coef=kl_coef,
         shared_noise=shared_noise,

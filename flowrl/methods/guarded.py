@@ -23,6 +23,7 @@ from flowrl.methods.objectives import (
     decoupled_rewards,
     normalized_log_ratio,
 )
+from flowrl.methods.several import RewardLosses
 from flowrl.methods.spec import KernelName, Method, StepPlan
 
 REVERSE_SDES: tuple[KernelName, ...] = ("flow_sde", "dance_sde")
@@ -36,6 +37,7 @@ def grpo_guard(
     clip_range: float = 2e-6,
     advantage_std: AdvantageStd = "group",
     advantage_clip: float = 5.0,
+    reward_losses: RewardLosses = "summed",
     shared_noise: bool = False,
 ) -> Method:
     """Flow-GRPO with a log-ratio that is centred and equally wide at every step, and 1/dt weights.
@@ -63,6 +65,7 @@ def grpo_guard(
         noise_level=noise_level,
         advantage_std=advantage_std,
         advantage_clip=advantage_clip,
+        reward_losses=reward_losses,
         shared_noise=shared_noise,
     )
     return replace(
@@ -127,6 +130,7 @@ def pref_grpo(
     trained_fraction: float = 0.6,
     clip_range: float = 1e-4,
     advantage_clip: float = 5.0,
+    reward_losses: RewardLosses = "summed",
     shared_noise: bool = True,
 ) -> Method:
     """For rewards that are win rates in the group: DanceGRPO with Flow-GRPO's kernel.
@@ -147,6 +151,7 @@ def pref_grpo(
         trained_fraction=trained_fraction,
         clip_range=clip_range,
         advantage_clip=advantage_clip,
+        reward_losses=reward_losses,
         shared_noise=shared_noise,
     )
     return replace(base, name="pref_grpo", paper="Pref-GRPO, arXiv:2508.20751")

@@ -24,14 +24,14 @@ from flowrl.functional.advantages import (
 from flowrl.functional.ratios import log_ratio, ratio_norm
 from flowrl.functional.regularizers import gaussian_kl, gaussian_kl_without_dt, k3
 from flowrl.functional.selection import best_of_n
-from flowrl.functional.surrogates import dppo, dppo_keep, ppo_clip
+from flowrl.functional.surrogates import dppo, dppo_keep, ppo_clip, ppo_clip_each
 from flowrl.methods.spec import Loss, Needs, require_positive
 from flowrl.types import Chunk, Decisions, Evaluation, Scores, Tree
 
 AdvantageStd = Literal["group", "global", "none", "leave_one_out"]
 KLName = Literal["paper", "code"]
 
-Normalize = Callable[[Tensor, Tensor, Tensor], Tensor]
+Normalize = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 NORMALIZERS: dict[AdvantageStd, Normalize] = {
     "group": partial(group_normalized, eps=1e-4, ddof=0),
@@ -189,6 +189,8 @@ KLS = {"paper": transition_kl, "code": transition_kl_of_published_code}
 class ClippedRatio:
     """PPO's clipped surrogate with an optional KL to the reference, as a loss per decision.
 
+    A chunk with a negative_advantage has one surrogate per reward, and their sum is taken.
+
     Attributes:
         clip_low, clip_high: distances of the clip bounds from 1.
         kl: (new, reference, chunk) -> per decision; called only if kl_coef > 0.
@@ -218,6 +220,7 @@ class ClippedRatio:
             sets=("reference",) if has_kl else (),
             advantage=not has_kl,
             ratio_clip=min(self.clip_low, self.clip_high),
+            negative_advantage=True,
         )
 
     def __call__(
@@ -225,9 +228,13 @@ class ClippedRatio:
     ) -> Loss:
         change = self.log_ratio(new, chunk.decisions)
         ratio = torch.exp(change)
-        values = -ppo_clip(ratio, chunk.advantage, self.clip_low, self.clip_high)
+        advantage, negative = chunk.advantage, chunk.negative_advantage
+        if negative is None:
+            values = -ppo_clip(ratio, advantage, self.clip_low, self.clip_high)
+        else:
+            values = -ppo_clip_each(ratio, advantage, negative, self.clip_low, self.clip_high)
         is_clipped = (ratio > 1 + self.clip_high) | (ratio < 1 - self.clip_low)
-        metrics = _ratio_metrics(change, chunk.advantage, is_clipped)
+        metrics = _ratio_metrics(change, advantage, is_clipped, negative)
         if self.kl_coef > 0:
             if reference is None:
                 raise ValueError("kl_coef > 0 needs the reference's evaluation")
@@ -272,11 +279,17 @@ class DivergenceBound:
 
 
 @torch.no_grad()
-def _ratio_metrics(change: Tensor, advantage: Tensor, is_stopped: Tensor) -> dict[str, Tensor]:
-    """What to log about log-ratios; is_stopped = outside the bound, on either side."""
+def _ratio_metrics(
+    change: Tensor, advantage: Tensor, is_stopped: Tensor, negative: Tensor | None = None
+) -> dict[str, Tensor]:
+    """What to log about log-ratios; is_stopped = outside the bound, on either side.
+
+    A decision whose rewards are clipped one by one is stopped where some reward is.
+    """
     ratio = torch.exp(change)
-    stopped_high = is_stopped & (ratio > 1) & (advantage > 0)
-    stopped_low = is_stopped & (ratio < 1) & (advantage < 0)
+    negative = advantage.clamp(max=0) if negative is None else negative
+    stopped_high = is_stopped & (ratio > 1) & (advantage - negative > 0)
+    stopped_low = is_stopped & (ratio < 1) & (negative < 0)
     return {
         "ratio_mean": ratio,
         "ratio_max_dev": (ratio - 1).abs(),

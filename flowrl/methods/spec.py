@@ -189,12 +189,15 @@ class Needs:
         together: decisions of one unit of the trajectory that must stand in one chunk, at most.
         ratio_clip: the smallest distance from 1 at which it clips the ratio to the log-probs of the
             rollout; None = it has no such ratio.
+        negative_advantage: True = it clips the loss of every reward by itself, where the method
+            tells them apart (`Chunk.negative_advantage`).
     """
 
     sets: tuple[str, ...] = ()
     advantage: bool = True
     together: int = 1
     ratio_clip: float | None = None
+    negative_advantage: bool = False
 
 
 class Objective(Protocol):
@@ -232,6 +235,8 @@ class Method:
         old_decay: share of itself that the set `old` keeps, when it moves towards current after a
             rollout was learnt from, by the number of updates so far; None = `old` is not kept.
         compares: whose scores an advantage depends on: those of its "group", or of the "rollout".
+        negative_advantage: as advantage, the sum of the rewards' negative advantages alone, for one
+            clipped loss per reward; None = one of their sum.
         numbers: what the plan was made from, for `describe`.
     """
 
@@ -246,11 +251,17 @@ class Method:
     prune: Prune | None = None
     old_decay: Callable[[int], float] | None = None
     compares: Literal["group", "rollout"] = "rollout"
+    negative_advantage: Advantage | None = None
     numbers: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if "old" in self.objective.needs.sets and self.old_decay is None:
             raise ValueError(f"{self.name}: the objective looks at 'old', which has no old_decay")
+        if self.negative_advantage is not None and not self.objective.needs.negative_advantage:
+            raise ValueError(
+                f"{self.name}: a negative_advantage is for one clipped loss per reward, but its "
+                f"objective, {type(self.objective).__name__}, has one for all; use ClippedRatio"
+            )
 
     @property
     def takes_pairs(self) -> bool:
@@ -262,7 +273,8 @@ class Method:
         """Rows (slot, text) with every number in force."""
         rows = [("method", self.name), ("paper", self.paper)]
         rows += [(name, _text(value)) for name, value in self.numbers.items()]
-        for slot in ("advantage", "objective", "aggregate", "weighting", "prune", "old_decay"):
+        slots = ("advantage", "negative_advantage", "objective", "aggregate", "weighting", "prune")
+        for slot in (*slots, "old_decay"):
             if (value := getattr(self, slot)) is not None:
                 rows += _slot_rows(slot, value)
         return rows

@@ -12,6 +12,7 @@ from flowrl.methods.objectives import (
     summed_rewards,
     token_kl,
 )
+from flowrl.methods.several import RewardLosses, combine
 from flowrl.methods.spec import Method, TokenPlan, require_positive
 
 
@@ -21,6 +22,7 @@ def grpo(
     clip_high: float = 0.2,
     advantage_std: AdvantageStd = "group",
     advantage_clip: float = 5.0,
+    reward_losses: RewardLosses = "summed",
     kl_coef: float = 0.0,
 ) -> Method:
     """Group-relative advantages on every token, PPO-clip, k3 to the reference.
@@ -32,7 +34,7 @@ def grpo(
     Use when: the model is autoregressive over tokens; it is the only method here that trains one.
     """
     require_positive(advantage_clip=advantage_clip)
-    return Method(
+    method = Method(
         name="grpo",
         paper="GRPO, arXiv:2402.03300",
         policy="token",
@@ -44,3 +46,4 @@ def grpo(
         objective=ClippedRatio(clip_low, clip_high, token_kl, kl_coef),
         numbers={"decisions": "every token"},
     )
+    return combine(method, reward_losses, normalize=NORMALIZERS[advantage_std], clip=advantage_clip)

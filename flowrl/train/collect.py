@@ -177,12 +177,15 @@ class Breaker:
         self._lost.extend(state or [])
 
 
-def reward_metrics(scores: Scores, advantages: Tensor, group_id: Tensor) -> dict[str, float]:
+def reward_metrics(
+    scores: Scores, advantages: Tensor, group_id: Tensor, negative: Tensor | None = None
+) -> dict[str, float]:
     """What is logged about a step's rewards; statistics are over valid samples.
 
     Without a reward that has a weight there is no sum of them.
 
     Of advantages [N, T], a group without any is counted, and the mean is over samples and steps.
+    With their `negative` part told apart, a group in which rewards cancel is one with advantages.
     """
     metrics: dict[str, float] = {}
     for name, values in scores.rewards.items():
@@ -196,8 +199,9 @@ def reward_metrics(scores: Scores, advantages: Tensor, group_id: Tensor) -> dict
         metrics["train/reward_mean"] = _stat(summed, torch.mean)
         metrics["train/reward_std"] = _stat(summed, lambda v: v.std(correction=0))
     _, index = torch.unique(group_id, return_inverse=True)
+    size = advantages.abs() if negative is None else advantages - 2 * negative
     strength = torch.zeros(int(index.max()) + 1).index_add(
-        0, index, advantages.abs().float().reshape(len(index), -1).sum(1)
+        0, index, size.float().reshape(len(index), -1).sum(1)
     )
     metrics |= {
         "train/zero_std_frac": float((strength == 0).float().mean()),

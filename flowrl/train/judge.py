@@ -66,18 +66,15 @@ class Judge:
         self._answers = answers
         self._by_part = by_part
         self._judged: dict[int, Judged] = {}
-        self._seen: list[tuple[Scores, Scores, Tensor, Tensor]] = []
+        self._seen: list[tuple[Scores, Scores, Tensor, Tensor, Tensor | None]] = []
         self.wait_s = 0.0
 
     def __call__(self, number: int) -> Judged:
         """The advantages of a part; every rank must ask for the same."""
         if number not in self._judged:
             numbers = [number] if self._by_part else list(range(len(self._parts)))
-            judged = self._judge(numbers)
             sizes = [len(self._parts[each].batch) for each in numbers]
-            split = zip(judged.advantages.split(sizes), judged.valid.split(sizes), strict=True)
-            pairs = zip(numbers, split, strict=True)
-            self._judged |= {each: Judged(*values) for each, values in pairs}
+            self._judged |= dict(zip(numbers, self._judge(numbers).split(sizes), strict=True))
         return self._judged[number]
 
     @property
@@ -91,9 +88,14 @@ class Judge:
         Raises:
             RewardError: a reward has failed too often.
         """
-        _, everyone, advantages, group_id = zip(*self._seen, strict=True)
+        _, everyone, advantages, group_id, negative = zip(*self._seen, strict=True)
         own, all_scores = self.scores, together(everyone)
-        metrics = reward_metrics(all_scores, torch.cat(advantages), torch.cat(group_id))
+        metrics = reward_metrics(
+            all_scores,
+            torch.cat(advantages),
+            torch.cat(group_id),
+            None if negative[0] is None else torch.cat(negative),
+        )
         metrics |= self._collect.settle(own, all_scores)
         metrics["perf/reward_s"] = sum(own.seconds.values())
         metrics["perf/reward_wait_s"] = self.wait_s
@@ -113,11 +115,16 @@ class Judge:
             keys, log_prob = zip(*((t.keys, t.log_prob) for t in trees if t), strict=True)
             forest = Tree(gather(torch.cat(keys)), gather(torch.cat(log_prob)))
         advantages = method.advantage(everyone, group_id, forest)
+        negative = None
+        if method.negative_advantage is not None:
+            negative = method.negative_advantage(everyone, group_id, forest)
         valid = everyone.valid
         if method.prune is not None:
             valid = valid & method.prune(advantages, group_id, forest)
         if forest is not None:
             valid = forest.any_below(valid)
-        self._seen.append((own, everyone, advantages, group_id))
+        self._seen.append((own, everyone, advantages, group_id, negative))
         share = slice(self._rank * len(mine), (self._rank + 1) * len(mine))
-        return Judged(advantages[share], valid[share])
+        return Judged(
+            advantages[share], valid[share], None if negative is None else negative[share]
+        )

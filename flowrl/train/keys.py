@@ -16,15 +16,18 @@ KEYS = {
     "train/reward_std": "standard deviation of the same sum over the valid samples",
     "train/ratio_mean": "mean of new over old probability of a decision; 1 on the first pass",
     "train/ratio_max_dev": "largest |ratio - 1| of a decision",
-    "train/clip_frac_high": "share of decisions whose ratio the upper bound clips, advantage > 0",
-    "train/clip_frac_low": "share of decisions whose ratio the lower bound clips, advantage < 0",
+    "train/clip_frac_high": "share of decisions whose ratio the upper bound clips, advantage > 0 "
+    "(where rewards are clipped one by one: some reward's)",
+    "train/clip_frac_low": "share of decisions whose ratio the lower bound clips, advantage < 0 "
+    "(where rewards are clipped one by one: some reward's)",
     "train/approx_kl": "half the mean squared log-ratio: the move away from the behaviour policy",
     "train/behaviour_kl": "exact KL divergence from the behaviour policy, per decision and latent "
     "dim; of methods that bound it",
     "train/kl": "KL divergence from the reference, per decision; absent when kl_coef is 0",
-    "train/zero_std_frac": "share of groups whose rewards are all equal: they teach nothing",
+    "train/zero_std_frac": "share of groups without an advantage, as those whose rewards are all "
+    "equal: they teach nothing",
     "train/invalid_frac": "share of samples masked because a reward could not be computed",
-    "train/advantage_abs_mean": "mean of |advantage| over the valid samples",
+    "train/advantage_abs_mean": "mean of |advantage|, rewards summed, over the valid samples",
     "train/grad_norm": "global norm of the gradient before clipping, mean over the step's updates",
     "train/lr": "learning rate of the step's last update",
     "train/matching_error": "squared error of the velocity at fresh noise, mean over dims",

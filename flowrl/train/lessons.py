@@ -31,10 +31,18 @@ class Judged:
     Attributes:
         advantages: [N], or [N, T] of the step that each sample took; detached.
         valid: bool [N] or [N, T], False = the decision is masked.
+        negative_advantages: as advantages, the method's; None = it has none.
     """
 
     advantages: Tensor
     valid: Tensor
+    negative_advantages: Tensor | None = None
+
+    def split(self, sizes: list[int]) -> list[Judged]:
+        """What it says of the first samples, of the next ones and so on."""
+        each = (self.advantages, self.valid, self.negative_advantages)
+        columns = [[None] * len(sizes) if it is None else it.split(sizes) for it in each]
+        return [Judged(*values) for values in zip(*columns, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,7 @@ class Lesson:
         advantage: as data.old_log_prob.
         weight: [E], the method's; None = 1.
         update: int64 [E], the update that trains on a decision.
+        negative_advantage: as advantage; None = the method has none.
     """
 
     trajectory: Trajectory
@@ -54,6 +63,7 @@ class Lesson:
     advantage: Tensor
     weight: Tensor | None
     update: Tensor
+    negative_advantage: Tensor | None = None
 
 
 class Lessons:
@@ -83,13 +93,14 @@ class Lessons:
         if number not in self._ready:
             part, data, judged = self._parts[number], self._stored[number], self._judged(number)
             data = replace(data, mask=data.mask & like(per_decision(judged.valid, data), data.mask))
-            advantage = like(per_decision(judged.advantages, data), data.mask).float()
+            negative = judged.negative_advantages
             self._ready[number] = Lesson(
                 part.trajectory,
                 data,
-                advantage.expand(data.mask.shape),
+                _spread(judged.advantages, data),
                 _weight(self._method, part.trajectory, data),
                 part.batch.update[data.sample],
+                None if negative is None else _spread(negative, data),
             )
         return self._ready[number]
 
@@ -117,6 +128,11 @@ def _weight(method: Method, trajectory: Trajectory, data: Decisions) -> Tensor |
     if not isinstance(trajectory, Stepped):
         raise ValueError(f"{method.name} weights sampler steps, and tokens have none")
     return method.weighting(trajectory.plan, trajectory.sigmas).float()[data.step]
+
+
+def _spread(advantages: Tensor, data: Decisions) -> Tensor:
+    """Advantages [N] or [N, T] as the decisions' old_log_prob."""
+    return like(per_decision(advantages, data), data.mask).float().expand(data.mask.shape)
 
 
 def per_decision(values: Tensor, data: Decisions) -> Tensor:

@@ -240,16 +240,22 @@ class Learner:
         Decisions without an advantage, where the objective needs one, teach nothing: they are left
         out, and stay in the denominator.
         """
-        data, advantage = lesson.data, lesson.advantage
-        needs_one = self.method.objective.needs.advantage
-        teaches = data.mask & (advantage != 0) if needs_one else data.mask
+        data, advantage, negative = lesson.data, lesson.advantage, lesson.negative_advantage
+        teaches = data.mask
+        if self.method.objective.needs.advantage:
+            has_one = advantage != 0
+            if negative is not None:
+                # Rewards that cancel teach once the ratio is beyond a bound, which stops one side.
+                has_one = has_one | (negative != 0)
+            teaches = data.mask & has_one
         live = (mine & teaches.flatten(1).any(1) if teaches.ndim > 1 else mine & teaches).nonzero()
         device = self.accelerator.device
         chunks = []
         for index in self._split(lesson.trajectory, live.flatten()):
             part = data.select(index).to(device)
             weight = None if lesson.weight is None else lesson.weight[index].to(device)
-            chunks.append((index, Chunk(part, advantage[index].to(device), weight)))
+            blame = None if negative is None else negative[index].to(device)
+            chunks.append((index, Chunk(part, advantage[index].to(device), weight, blame)))
         missing = int(highest(self.accelerator, max(len(chunks), least))) - len(chunks)
         if missing:
             first = data.select(torch.tensor([0])).to(device)

@@ -66,7 +66,7 @@ def test_flow_grpo_has_the_numbers_of_its_paper() -> None:
     assert transition(plan, 1.0, 0.9)[1] == pytest.approx(0.7, abs=1e-12)
     # The published .04 belongs to kl="code"; without a choice there is no KL.
     assert method.objective == ClippedRatio(1e-4, 1e-4, KLS["paper"], 0.0)
-    assert method.objective.needs == Needs(ratio_clip=1e-4)
+    assert method.objective.needs == Needs(ratio_clip=1e-4, negative_advantage=True)
     # The std of the epoch: of 0, 2, 5, 5.2, with mean 3.05, it is sqrt(18.83 / 4).
     expected = torch.tensor([-1, 1, -0.1, 0.1]).double() / (math.sqrt(18.83 / 4) + 1e-4)
     torch.testing.assert_close(advantages(method, [0, 2, 5, 5.2]), expected, rtol=1e-6, atol=0)
@@ -153,6 +153,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "clip_range": 0.013,
         "advantage_std": "group",
         "advantage_clip": 3.25,
+        "reward_losses": "separate",
         "kl": "code",
         "kl_coef": 0.017,
         "shared_noise": True,
@@ -164,6 +165,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "trained_fraction": 0.616,
         "clip_range": 0.013,
         "advantage_clip": 3.25,
+        "reward_losses": "separate",
         "num_extremes": 3,
         "shared_noise": False,
     },
@@ -181,6 +183,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "noise_level": 0.31,
         "clip_range": 0.013,
         "advantage_clip": 3.25,
+        "reward_losses": "separate",
         "kl": "code",
         "kl_coef": 0.017,
         "shared_noise": False,
@@ -195,6 +198,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "clip_range": 0.013,
         "advantage_std": "group",
         "advantage_clip": 3.25,
+        "reward_losses": "separate",
         "kl": "code",
         "kl_coef": 0.017,
         "shared_noise": True,
@@ -211,6 +215,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "noise_level": 0.31,
         "clip_range": 0.013,
         "advantage_clip": 3.25,
+        "reward_losses": "separate",
         "kl": "code",
         "kl_coef": 0.017,
         "shared_noise": False,
@@ -296,6 +301,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "clip_range": 0.013,
         "advantage_std": "none",
         "advantage_clip": 3.25,
+        "reward_losses": "separate",
         "shared_noise": True,
     },
     "pref_grpo": {
@@ -305,6 +311,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "trained_fraction": 0.616,
         "clip_range": 0.013,
         "advantage_clip": 3.25,
+        "reward_losses": "separate",
         "shared_noise": False,
     },
     "flow_gdpo": {
@@ -397,6 +404,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "clip_high": 0.27,
         "advantage_std": "leave_one_out",
         "advantage_clip": 3.25,
+        "reward_losses": "separate",
         "kl_coef": 0.017,
     },
 }
