@@ -90,6 +90,18 @@ class Halfway(TargetReward):
         return -(dot_position(images) - halves).norm(dim=1)
 
 
+class Away(TargetReward):
+    """The opponent of the target: minus the distance from the point opposite to it.
+
+    It cannot see a dot that is far out.
+    """
+
+    def score(self, *, images, prompts):
+        dots = dot_position(images)
+        opposite = -torch.tensor([TARGETS[text] for text in prompts])
+        return torch.where(dots.norm(dim=1) < 1.1, -(dots - opposite).norm(dim=1), torch.nan)
+
+
 def write_config(folder: Path, text: str) -> Path:
     """A config file in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,6 +151,9 @@ def toy_parts(config: Config) -> build.Parts:
         measured = RewardSet([("target", TargetReward(), 1.0), ("halfway", Halfway(), 0.0)])
     if [reward.name for reward in config.rewards] == ["win_rate"]:
         trained = RewardSet([("win_rate", WinRate(judge=PointwiseJudge(TargetReward())), 1.0)])
+    if "away" in [reward.name for reward in config.rewards]:
+        toys = {"target": TargetReward(), "away": Away(), "halfway": Halfway()}
+        trained = RewardSet([(r.label, toys[r.label], r.weight) for r in config.rewards])
     sampler = build.build_sampler(config, train, accelerator)
     build.check_groups(method, sampler, "toy.yaml")
     build.check_compute(method, config, "toy.yaml", rows)
