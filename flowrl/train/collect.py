@@ -199,7 +199,7 @@ def reward_metrics(
         metrics["train/reward_mean"] = _stat(summed, torch.mean)
         metrics["train/reward_std"] = _stat(summed, lambda v: v.std(correction=0))
     _, index = torch.unique(group_id, return_inverse=True)
-    size = advantages.abs() if negative is None else advantages - 2 * negative
+    size = advantages.abs() if negative is None else advantages.abs() - negative
     strength = torch.zeros(int(index.max()) + 1).index_add(
         0, index, size.float().reshape(len(index), -1).sum(1)
     )

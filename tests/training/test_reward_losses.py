@@ -16,9 +16,11 @@ from torch import Tensor
 
 from flowrl.errors import ConfigError
 from flowrl.toys import SymbolReward, TargetReward
+from flowrl.train.collect import reward_metrics
 from flowrl.train.lessons import Judged, Part
 from flowrl.train.scoring import RewardSet
 from flowrl.train.track import read_metrics
+from flowrl.types import Scores
 from tests.policies.toy_flow import perturb
 from tests.training.toy_run import FLOW, TOKEN, toy_trainer, train_on_two, write_config
 
@@ -152,6 +154,15 @@ def test_rewards_that_cancel_teach_once_the_ratio_has_left_the_bounds(tmp_path: 
     assert result.metrics["grad_norm"] > 0
     without = Judged(0 * ones, ones.bool())
     assert trainer.learner.learn([Part(batch, trajectory)], lambda _: without).num_rows == 0
+
+
+def test_a_group_without_an_advantage_has_one_of_neither_sign() -> None:
+    # Groups: P = 2, M = -1; P = 1, M = -1; P = 0, M = -1; nothing.
+    scores = Scores({"a": torch.zeros(4)}, {"a": 1.0}, torch.ones(4).bool())
+    total, negative = torch.tensor([1.0, 0.0, -1.0, 0.0]), torch.tensor([-1.0, -1.0, -1.0, 0.0])
+    told = reward_metrics(scores, total, torch.arange(4), negative)
+    assert told["train/zero_std_frac"] == 0.25 and told["train/advantage_abs_mean"] == 0.5
+    assert reward_metrics(scores, total, torch.arange(4))["train/zero_std_frac"] == 0.5
 
 
 @pytest.mark.parametrize("losses", ["summed", "separate"])
