@@ -153,11 +153,13 @@ def _several_rewards() -> list[str]:
         f"r w_k A_k, each, then added | {names}, each with `reward_losses: separate` |",
         "",
         "Opposite rewards cancel in a sum before the clip sees them. Separate losses have the same",
-        "gradient while r is 1 and nothing is clamped; beyond a bound of the clip those rewards",
-        "stop that drive r further, and the others still pull it back with their whole weight.",
-        "So use them where rewards disagree about the same samples and a rollout is learnt from in",
-        "two updates or more. With one update, or one reward, there is nothing to clip apart, and",
-        "`separate` is refused.",
+        "gradient as the sum of normalised advantages while r is within the bounds and nothing is",
+        "clamped; beyond a bound those rewards stop that drive r further, and the others pull it",
+        "back with their whole weight. So use them where rewards disagree about the same samples",
+        "and a rollout is learnt from in two updates or more. With one update, or one reward,",
+        "there is nothing to clip apart, and `separate` is refused. With it, a method of the first",
+        "row normalises each reward by itself too; a negative weight turns a reward round before",
+        "it is clipped.",
         "",
     ]
 

@@ -60,6 +60,20 @@ def test_costs_follow_the_window_over_training() -> None:
     assert cost(METHODS["grpo"]()) is None  # tokens are not counted
 
 
+def test_the_page_names_the_methods_that_normalise_each_reward_by_itself() -> None:
+    alone = {"normalized_rewards", "granular_advantages", "quasi_normed", "decoupled_rewards"}
+    functions = {name: getattr(make().advantage, "func", None) for name, make in METHODS.items()}
+    expected = {n for n, f in functions.items() if getattr(f, "__name__", "") in alone}
+    listed = set(re.findall(r"`(\w+)`", page_row("sum of normalised advantages")))
+    assert listed == expected and {"dance_grpo", "flow_gdpo"} < listed
+
+
+def page_row(name: str) -> str:
+    """The row of a table of the page."""
+    (row,) = re.findall(rf"^\| {name} .*$", PAGE.read_text(), re.M)
+    return str(row)
+
+
 GOOD = """What it is.
 
     Paper: Its title, arXiv:0000.00000. Differs: in this.
