@@ -123,13 +123,10 @@ def g2rpo(
     """
     require_positive(noise_level=noise_level, advantage_clip=advantage_clip)
     require_positive(num_branches=num_branches)
-    tail = Granularities(granularities)
-    size = num_branches * len(granularities)
+    tail, num_ends = Granularities(granularities), len(granularities)
+    size = num_branches * num_ends
     steps = _steps_before(window_end, num_steps // 2, num_steps - 1)
-    make_kernel, keys = (
-        KERNELS[kernel](noise_level),
-        partial(perturbed, num_ends=len(granularities)),
-    )
+    make_kernel, keys = KERNELS[kernel](noise_level), partial(perturbed, num_ends=num_ends)
     plans = [
         StepPlan(num_steps, make_kernel, (k,), (k,), keys=keys, tail=tail, group_size=size)
         for k in steps
@@ -141,11 +138,7 @@ def g2rpo(
         plan=lambda step: plans[step % len(plans)],
         compares="group",
         advantage=partial(
-            granular_advantages,
-            num_ends=len(granularities),
-            eps=1e-8,
-            ddof=1,
-            clip=advantage_clip,
+            granular_advantages, num_ends=num_ends, eps=1e-8, ddof=1, clip=advantage_clip
         ),
         objective=ClippedRatio(clip_range, clip_range, KLS["paper"]),
         numbers={

@@ -1,12 +1,13 @@
 """Methods whose groups are trees that branch more than once, or at a step of each sample's own.
 
 What a tree is, is said by its keys (`spec.StepPlan.keys`): a noise that several samples share is
-named by the first of them. Reading order: `branch_grpo`, `branch_keys`; `tempflow_grpo`,
-`own_step`.
+named by the first of them. Reading order: `branch_grpo`, `Branching`, `branch_keys`;
+`tempflow_grpo`, `own_step`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -25,6 +26,7 @@ from flowrl.functional.weights import noise_aware
 from flowrl.methods.objectives import KLS, ClippedRatio, KLName
 from flowrl.methods.spec import (
     KERNELS,
+    Kernel,
     KernelName,
     Method,
     NoiseMix,
@@ -82,32 +84,12 @@ def branch_grpo(
         ValueError: numbers that make no tree, or leave nothing to train.
     """
     require_positive(noise_level=noise_level, clip_range=clip_range, advantage_clip=advantage_clip)
-    require_positive(noise_scale=noise_scale, num_extremes=num_extremes)
-    leaves = _num_leaves(num_steps, splits, factor)
-    make_kernel = KERNELS[kernel](noise_level)
-    first_depth, skipped = splits[-1], None
+    leaves, pruned = _num_leaves(num_steps, splits, factor), None
     if depth_pruning:
-        skipped = _depth_window(num_steps, splits, depth_window, depth_interval, depth_stop)
-    sliding = SlidingWindow(num_steps - 1, mix_window, 1, mix_interval) if mix else None
-
-    def plan(step: int) -> StepPlan:
-        inside = range(num_steps) if sliding is None else {*splits, *sliding.steps(step)}
-        pruned = {first_depth + i for i in skipped.steps(step)} if skipped else set()
-        return StepPlan(
-            num_steps=num_steps,
-            kernel=make_kernel,
-            stochastic=tuple(sorted(inside)),
-            trained=tuple(sorted({*inside} - pruned - {num_steps - 1})),
-            keys=partial(branch_keys, splits=splits, factor=factor),
-            mix=NoiseMix(partial(parent_keys, splits=splits, factor=factor), noise_scale),
-            group_size=leaves,
-        )
-
-    widths: dict[WidthPruning, Prune | None] = {
-        "none": None,
-        "parent_top1": best_children,
-        "extreme": partial(extremes, num=num_extremes),
-    }
+        pruned = _depth_window(num_steps, splits, depth_window, depth_interval, depth_stop)
+    window = SlidingWindow(num_steps - 1, mix_window, 1, mix_interval) if mix else None
+    make_kernel = KERNELS[kernel](noise_level)
+    plan = Branching(num_steps, make_kernel, splits, factor, noise_scale, leaves, window, pruned)
     return Method(
         name="branch_grpo",
         paper="BranchGRPO, arXiv:2509.06040",
@@ -116,23 +98,8 @@ def branch_grpo(
         compares="group",
         advantage=partial(fused_advantages, path_coef=PATH_COEF[fusion], clip=advantage_clip),
         objective=ClippedRatio(clip_range, clip_range, KLS["paper"]),
-        prune=widths[width_pruning],
-        numbers={
-            "sampler steps": num_steps,
-            "kernel": f"{kernel}(noise_level={noise_level})",
-            "tree": f"{factor} children at steps {splits}: {leaves} samples per prompt",
-            "noise of siblings": f"(shared + {noise_scale} own) / sqrt(1 + {noise_scale}^2)",
-            "stochastic steps": f"splits and a window of {mix_window}: {sliding.words}"
-            if sliding
-            else "all",
-            "trained steps": f"stochastic ones in 0 to {num_steps - 2}",
-            "reward fusion": fusion,
-            "width pruning": width_pruning,
-            "depth pruning": f"{depth_window} steps from {first_depth} on; {skipped.words}"
-            f"; begins at {depth_stop or num_steps - 1 - depth_window} at the end"
-            if skipped
-            else "none",
-        },
+        prune=_prune(width_pruning, num_extremes),
+        numbers=_numbers(plan, f"{kernel}(noise_level={noise_level})", fusion, width_pruning),
     )
 
 
@@ -193,6 +160,49 @@ def tempflow_grpo(
             "trained steps": "the one at which a sample branches",
         },
     )
+
+
+@dataclass(frozen=True)
+class Branching:
+    """The plans of `branch_grpo`: what is stochastic and what is trained at a training step.
+
+    Attributes:
+        num_steps: of the sampler.
+        kernel: of the stochastic steps.
+        splits: steps at which a state has `factor` children.
+        factor: at least 2.
+        noise_scale: of what siblings do not share of their noise, beside what they do.
+        leaves: samples of a prompt.
+        window: of steps that are stochastic beside the splits; None = all are.
+        pruned: of depths, counted from the last split, that are not trained; None = no depth.
+    """
+
+    num_steps: int
+    kernel: Kernel
+    splits: tuple[int, ...]
+    factor: int
+    noise_scale: float
+    leaves: int
+    window: SlidingWindow | None = None
+    pruned: SlidingWindow | None = None
+
+    def __post_init__(self) -> None:
+        require_positive(noise_scale=self.noise_scale)
+
+    def __call__(self, step: int) -> StepPlan:
+        """The plan of training step `step`."""
+        splits, factor, window, pruned = self.splits, self.factor, self.window, self.pruned
+        inside = {*range(self.num_steps)} if window is None else {*splits, *window.steps(step)}
+        skipped = {splits[-1] + depth for depth in pruned.steps(step)} if pruned else set()
+        return StepPlan(
+            num_steps=self.num_steps,
+            kernel=self.kernel,
+            stochastic=tuple(sorted(inside)),
+            trained=tuple(sorted(inside - skipped - {self.num_steps - 1})),
+            keys=partial(branch_keys, splits=splits, factor=factor),
+            mix=NoiseMix(partial(parent_keys, splits=splits, factor=factor), self.noise_scale),
+            group_size=self.leaves,
+        )
 
 
 def branch_keys(
@@ -295,6 +305,40 @@ def require_members(batch: PromptBatch, size: int | None) -> None:
             f"the tree of a prompt has {size} leaves, but a group has sample "
             f"{int(batch.member.max())}; set data.group_size={size}"
         )
+
+
+def _prune(how: WidthPruning, num_extremes: int) -> Prune | None:
+    """Which leaves are kept; None = all."""
+    require_positive(num_extremes=num_extremes)
+    rules: dict[WidthPruning, Prune | None] = {
+        "none": None,
+        "parent_top1": best_children,
+        "extreme": partial(extremes, num=num_extremes),
+    }
+    return rules[how]
+
+
+def _numbers(
+    plan: Branching, kernel: str, fusion: Fusion, width_pruning: WidthPruning
+) -> dict[str, object]:
+    """What `branch_grpo` says of itself."""
+    window, pruned, scale = plan.window, plan.pruned, plan.noise_scale
+    return {
+        "sampler steps": plan.num_steps,
+        "kernel": kernel,
+        "tree": f"{plan.factor} children at steps {plan.splits}: {plan.leaves} samples per prompt",
+        "noise of siblings": f"(shared + {scale} own) / sqrt(1 + {scale}^2)",
+        "stochastic steps": f"splits and a window of {window.width}: {window.words}"
+        if window
+        else "all",
+        "trained steps": f"stochastic ones in 0 to {plan.num_steps - 2}",
+        "reward fusion": fusion,
+        "width pruning": width_pruning,
+        "depth pruning": f"{pruned.width} steps from {plan.splits[-1]} on; {pruned.words}"
+        f"; begins at {plan.splits[-1] + pruned.last_start} at the end"
+        if pruned
+        else "none",
+    }
 
 
 def _num_leaves(num_steps: int, splits: tuple[int, ...], factor: int) -> int:
