@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rewards.backbones import Placement, checkpoint_file, score_in_batches, shared
+from rewards.backbones import Placement, score_in_batches
 from rewards.base import Metadata
 from rewards.cards import Card
 from rewards.qwen2_vl_reward import QwenReward, load_reward, smart_size
@@ -152,16 +152,7 @@ class HpsV3:
 
     @cached_property
     def _reward(self) -> QwenReward:
-        path = checkpoint_file(self.model, self.file, reward="HpsV3")
-        return shared(
-            ("HpsV3", str(path), self.base, *self._placement.key),
-            lambda: load_reward(
-                path,
-                self.base,
-                self._placement,
-                tokens=(_TOKEN,),
-                outputs=2,
-                lora_alpha=None,
-                reward="HpsV3",
-            ),
-        )
+        return load_reward(
+            self.model, self.file, self.base, self._placement,
+            tokens=(_TOKEN,), outputs=2, lora_alpha=None, reward="HpsV3",
+        )  # fmt: skip

@@ -28,7 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewards.backbones import Placement, load_tensors, pretrained_processor
+from rewards.backbones import (
+    Placement,
+    checkpoint_file,
+    load_tensors,
+    pretrained_processor,
+    shared,
+)
 
 _FACTOR = 28  # 2 x 2 patches of 14 pixels make a token
 _PATCH = 14
@@ -156,6 +162,43 @@ def patches(clip: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
 
 
 def load_reward(
+    source: str,
+    file: str,
+    base: str,
+    placement: Placement,
+    *,
+    tokens: Sequence[str],
+    outputs: int,
+    lora_alpha: float | None,
+    reward: str,
+) -> QwenReward:
+    """The reward model of a published checkpoint, shared.
+
+    Args:
+        source: the checkpoint, or a folder or Hub id that holds it.
+        file: its name there.
+        base: Hub id, or a folder, of the Qwen2-VL it was made from; its weights are not read.
+        placement: dtype and device; the head is float32.
+        tokens: those that were added, in that order.
+        outputs: of the head.
+        lora_alpha: of the LoRA in the checkpoint; None = there is none.
+        reward: who asks, for the errors.
+
+    Raises:
+        OSError: checkpoint or configuration is neither on this machine nor to be had.
+        ValueError: the checkpoint has another layout, or does not fit the base.
+    """
+    path = checkpoint_file(source, file, reward=reward)
+    return shared(
+        (reward, str(path), base, *placement.key),
+        lambda: _load(
+            path, base, placement,
+            tokens=tokens, outputs=outputs, lora_alpha=lora_alpha, reward=reward,
+        ),
+    )  # fmt: skip
+
+
+def _load(
     path: Path,
     base: str,
     placement: Placement,
@@ -165,21 +208,7 @@ def load_reward(
     lora_alpha: float | None,
     reward: str,
 ) -> QwenReward:
-    """The reward model of a published checkpoint.
-
-    Args:
-        path: of the checkpoint.
-        base: Hub id, or a folder, of the Qwen2-VL it was made from; its weights are not read.
-        placement: dtype and device; the head is float32.
-        tokens: those that were added, in that order.
-        outputs: of the head.
-        lora_alpha: of the LoRA in the checkpoint; None = there is none.
-        reward: who asks, for the errors.
-
-    Raises:
-        OSError: the base's configuration is neither on this machine nor to be had.
-        ValueError: the checkpoint has another layout, or does not fit the base.
-    """
+    """See `load_reward`."""
     from transformers import AutoConfig, AutoProcessor, Qwen2VLModel
 
     tensors = load_tensors(path)

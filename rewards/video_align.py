@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from rewards.backbones import Placement, checkpoint_file, shared
+from rewards.backbones import Placement
 from rewards.base import Metadata, check_counts, finite_images
 from rewards.cards import Card
 from rewards.qwen2_vl_reward import QwenReward, load_reward, smart_size
@@ -131,19 +131,10 @@ class VideoAlign:
 
     @cached_property
     def _reward(self) -> QwenReward:
-        path = checkpoint_file(self.model, self.file, reward="VideoAlign")
-        return shared(
-            ("VideoAlign", str(path), self.base, *self._placement.key),
-            lambda: load_reward(
-                path,
-                self.base,
-                self._placement,
-                tokens=TOKENS,
-                outputs=1,
-                lora_alpha=_LORA_ALPHA,
-                reward="VideoAlign",
-            ),
-        )
+        return load_reward(
+            self.model, self.file, self.base, self._placement,
+            tokens=TOKENS, outputs=1, lora_alpha=_LORA_ALPHA, reward="VideoAlign",
+        )  # fmt: skip
 
 
 def frame_indices(num: int, fps: float | None) -> list[int]:
