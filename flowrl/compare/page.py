@@ -7,7 +7,6 @@ function per part of the page, whose words are in `compare.html.j2`.
 from __future__ import annotations
 
 import json
-import os
 import re
 from datetime import datetime, timezone
 from fnmatch import fnmatch
@@ -24,7 +23,7 @@ from flowrl.errors import ConfigError
 from flowrl.train import gallery
 from flowrl.train.plots import lines_png
 from flowrl.train.report import light_colors, number, render
-from flowrl.train.runfiles import JSON, write_json
+from flowrl.train.runfiles import JSON, write_json, write_text
 
 NAME = "compare"
 _GROUPS = {
@@ -80,7 +79,7 @@ def make_page(comparison: Comparison, *, command: str) -> list[Path]:
         limits=score_limits(results),
     )
     write_json(data, as_json(comparison, results, command))
-    _write(markdown, to_markdown(comparison, results))
+    write_text(markdown, to_markdown(comparison, results))
     render(
         Path(__file__).parent / "compare.html.j2",
         html,
@@ -344,9 +343,3 @@ def to_markdown(comparison: Comparison, results: Results) -> str:
 
 def _evaluated(key: str) -> Any:
     return lambda curve: [each.get(key) for each in curve.files.evals[-1:]]
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

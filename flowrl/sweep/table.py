@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from flowrl.sweep.command import Values
 from flowrl.sweep.spec import MetricConfig, Sweep
 from flowrl.sweep.trials import best_of, num_queued, read_history, trial_name, trial_values
 from flowrl.train.report import duration, number
+from flowrl.train.runfiles import write_text
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -71,9 +71,7 @@ def write_tables(sweep: Sweep, study: Study, folder: Path) -> list[Path]:
     rows = best_first(read_rows(sweep, study, folder), metric)
     paths = [folder / MARKDOWN, folder / CSV]
     for path, text in zip(paths, (_markdown(sweep, rows), _csv(sweep, rows)), strict=True):
-        partial = path.with_name(f".{path.name}.tmp")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, text)
     return paths
 
 

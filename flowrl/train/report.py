@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import statistics
 from datetime import datetime, timezone
@@ -24,7 +23,7 @@ from flowrl.errors import ConfigError
 from flowrl.train import curves, gallery, overoptimisation
 from flowrl.train.card import usage
 from flowrl.train.keys import KEYS, match_key
-from flowrl.train.runfiles import JSON, RunFiles, read_run
+from flowrl.train.runfiles import JSON, RunFiles, read_run, write_text
 
 REPORT = "report.html"
 _FOLDER = Path(__file__).parent
@@ -85,9 +84,7 @@ def render(template: Path, path: Path, **values: Any) -> Path:
     environment.filters["plain"] = lambda value: json.dumps(value, ensure_ascii=False)
     environment.filters["signed"] = lambda value: number(value, signed=True)
     page = environment.get_template(template.name).render(version=__version__, **values)
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, page)
     return path
 
 

@@ -84,8 +84,13 @@ class RunFiles:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file that appears whole or not at all."""
+    write_text(path, json.dumps(value, indent=1))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file in UTF-8 that appears whole or not at all."""
     partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
