@@ -275,3 +275,8 @@ class Scores:
     components: dict[str, Tensor] = field(default_factory=dict)
     failures: dict[str, Failures] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """Name -> [N] of the rewards that have a weight, without the monitors."""
+        return {name: self.rewards[name] for name in self.weights}

@@ -340,7 +340,7 @@ def gain_advantages(
     Raises:
         ValueError: no tree, or completions of one trajectory that are not together.
     """
-    total = weighted_sum({n: scores.rewards[n] for n in scores.weights}, scores.weights)
+    total = weighted_sum(scores.trained, scores.weights)
     keys, num = _require_tree(tree).keys, _require_tree(tree).log_prob.shape[1]
     rewards, valid, groups = (
         _together(values, keys[:, 0], num) for values in (total, scores.valid, group_id)

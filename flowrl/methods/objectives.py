@@ -63,7 +63,7 @@ def summed_rewards(
 
     The tree is not read.
     """
-    total = weighted_sum({n: scores.rewards[n] for n in scores.weights}, scores.weights)
+    total = weighted_sum(scores.trained, scores.weights)
     return scale * clip_advantages(normalize(total, group_id, scores.valid), clip)
 
 
@@ -74,7 +74,7 @@ def selected_samples(
 
     `select` is of `functional.selection`; the tree is not read.
     """
-    total = weighted_sum({n: scores.rewards[n] for n in scores.weights}, scores.weights)
+    total = weighted_sum(scores.trained, scores.weights)
     return select(total, group_id, scores.valid)
 
 
@@ -111,9 +111,8 @@ def normalized_rewards(
 
     The tree is not read.
     """
-    rewards = {name: scores.rewards[name] for name in scores.weights}
     total = sum_of_normalized(
-        rewards, group_id, scores.valid, weights=scores.weights, eps=eps, ddof=ddof
+        scores.trained, group_id, scores.valid, weights=scores.weights, eps=eps, ddof=ddof
     )
     return clip_advantages(total, clip)
 
@@ -131,8 +130,7 @@ def decoupled_rewards(
 
     The tree is not read.
     """
-    rewards = {name: scores.rewards[name] for name in scores.weights}
-    total = gdpo(rewards, group_id, scores.valid, weights=scores.weights, eps=eps, ddof=ddof)
+    total = gdpo(scores.trained, group_id, scores.valid, weights=scores.weights, eps=eps, ddof=ddof)
     return clip_advantages(total, clip)
 
 

@@ -244,7 +244,7 @@ def fused_advantages(
     """
     if tree is None:
         raise ValueError("rewards can be fused in a flow's tree only")
-    total = weighted_sum({n: scores.rewards[n] for n in scores.weights}, scores.weights)
+    total = weighted_sum(scores.trained, scores.weights)
     node = tree.node
     fused = fused_rewards(total, node, tree.log_prob, scores.valid, path_coef=path_coef)
     return clip_advantages(depthwise_normalized(fused, node, group_id), clip)
@@ -262,7 +262,7 @@ def advantages_by_step(
         raise ValueError("samples without a tree have no step of their own")
     step = (tree.keys[:, 1:] >= 0).int().argmax(1)
     column = torch.unique(torch.stack([group_id, step], 1), dim=0, return_inverse=True)[1]
-    total = weighted_sum({n: scores.rewards[n] for n in scores.weights}, scores.weights)
+    total = weighted_sum(scores.trained, scores.weights)
     return clip_advantages(group_normalized(total, column, scores.valid, eps=eps, ddof=ddof), clip)
 
 

@@ -78,7 +78,7 @@ class Collector:
             num = sum(part[1] for part in parts)
             metrics[f"reward/{name}"] = sum(part[0] for part in parts) / num if num else math.nan
         self.breaker.observe(
-            {name: everyone.rewards[name] for name in everyone.weights},
+            everyone.trained,
             {name: failed.reason for each in failures for name, failed in each.items()},
         )
         return metrics
