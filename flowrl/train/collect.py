@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,10 +30,18 @@ class Collector:
     Args:
         accelerator: of the run.
         scoring: how much may be missing.
+        note: is told what a step has lost, as `lost` says it, before anything is raised.
     """
 
-    def __init__(self, accelerator: Accelerator, scoring: ScoringConfig) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        scoring: ScoringConfig,
+        *,
+        note: Callable[[list[dict[str, Any]]], None],
+    ) -> None:
         self._accelerator = accelerator
+        self._note = note
         self._min_group_share = scoring.min_group_share
         self.breaker = Breaker(max_share=scoring.max_invalid, window=scoring.window)
 
@@ -77,6 +85,7 @@ class Collector:
             parts = [sums[name] for _, sums in ranks if name in sums]
             num = sum(part[1] for part in parts)
             metrics[f"reward/{name}"] = sum(part[0] for part in parts) / num if num else math.nan
+        self._note(lost(everyone.rewards, failures))
         self.breaker.observe(
             everyone.trained,
             {name: failed.reason for each in failures for name, failed in each.items()},
@@ -107,6 +116,34 @@ def together(parts: Sequence[Scores]) -> Scores:
         failures,
         {name: sum(part.seconds[name] for part in parts) for name in first.seconds},
     )
+
+
+def lost(
+    rewards: Mapping[str, Tensor], failures: Sequence[Mapping[str, Failures]]
+) -> list[dict[str, Any]]:
+    """What rewards lost and why, a JSON row each; rewards that lost nothing have none.
+
+    `lost` of the `of` samples have no score, of which `unanswered` were in calls that failed for
+    good; the reward said NaN or infinity of the others. `calls` failed, and `reason` is the last.
+
+    Args:
+        rewards: name -> [N] of all ranks, NaN = invalid.
+        failures: of every rank.
+    """
+    rows = []
+    for name, values in rewards.items():
+        failed = [each[name] for each in failures if name in each]
+        row = {
+            "reward": name,
+            "lost": int((~values.isfinite()).sum()),
+            "of": len(values),
+            "unanswered": sum(each.samples for each in failed),
+            "calls": sum(each.calls for each in failed),
+            "reason": next((each.reason for each in reversed(failed) if each.reason), ""),
+        }
+        if row["lost"] or row["calls"]:
+            rows.append(row)
+    return rows
 
 
 def _sums(components: Mapping[str, Tensor]) -> dict[str, tuple[float, int]]:

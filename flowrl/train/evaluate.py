@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flowrl.data.sampler import eval_batch
 from flowrl.protocols import Policy
+from flowrl.train.collect import lost
 from flowrl.train.runfiles import write_json
 from flowrl.train.scoring import RewardSet, read_samples
 from flowrl.train.wandb_run import Sample
@@ -27,9 +28,13 @@ from flowrl.types import Prompt
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation: `metrics` under the keys of `keys.py`, and the samples that are shown."""
+    """One evaluation: `metrics` under the keys of `keys.py`, and the samples that are shown.
+
+    `lost` is what `collect.lost` says of it.
+    """
 
     metrics: dict[str, float]
+    lost: list[dict[str, Any]]
     images: Tensor
     captions: list[str]
     samples: list[Sample]
@@ -75,7 +80,8 @@ class Evaluator:
                 batch, num_steps=self.num_steps, guidance_scale=self.guidance_scale
             )
         images = drawn.images
-        scores = self.rewards.score(batch, **read_samples(drawn, self.rewards.inputs)).rewards
+        found = self.rewards.score(batch, **read_samples(drawn, self.rewards.inputs))
+        scores, failures = found.rewards, [found.failures]
         shown = self._shown(len(self.prompts) * self.samples_per_prompt)
         rows = [
             {
@@ -90,17 +96,19 @@ class Evaluator:
             }
             for i, index in enumerate(batch.sample_id)
         ]
-        rows = gather_object(rows) if accelerator.num_processes > 1 else rows
+        if accelerator.num_processes > 1:
+            rows, failures = gather_object(rows), gather_object(failures)
         summary = self._summary(rows, step)
         summary["distance"] = None if self.distance is None else self.distance(self.weights)
         kept = [row for row in rows if row["image"] is not None]
         if folder is not None and accelerator.is_main_process:
             _write(folder, step, summary, kept)
         metrics = {f"eval/{n}/mean": v for n, v in summary["rewards"].items()}
-        for name in self.rewards.names:
-            lost = sum(row["rewards"][name] != row["rewards"][name] for row in rows)
-            if lost:
-                metrics[f"eval/{name}/invalid_frac"] = lost / len(rows)
+        values = {n: torch.tensor([row["rewards"][n] for row in rows]) for n in self.rewards.names}
+        failed = lost(values, failures)
+        for each in failed:
+            if each["lost"]:
+                metrics[f"eval/{each['reward']}/invalid_frac"] = each["lost"] / each["of"]
         metrics |= {f"eval/skill/{tag}": value for tag, value in summary["skills"].items()}
         metrics |= {"eval/score": summary["score"]}
         for name in ("diversity", "distance"):
@@ -108,7 +116,8 @@ class Evaluator:
                 metrics[f"eval/{name}"] = summary[name]
         captions = [_caption(row) for row in kept]
         samples = [Sample(r["prompt"], r["seed"], r["index"], r["rewards"]) for r in kept]
-        return Evaluation(metrics, torch.stack([row["image"] for row in kept]), captions, samples)
+        pictures = torch.stack([row["image"] for row in kept])
+        return Evaluation(metrics, failed, pictures, captions, samples)
 
     def _shown(self, num_samples: int) -> set[int]:
         num = min(max(self.num_shown, 1), num_samples)

@@ -84,7 +84,7 @@ class Trainer:
         self.guidance_rows = guidance_rows
         self.monitor = None if config.monitor.reward is None else Monitor(config)
         self.checkpoints = Checkpoints(run / "checkpoints", keep=config.checkpoint.keep)
-        self.collect = Collector(accelerator, config.scoring)
+        self.collect = Collector(accelerator, config.scoring, note=self._note)
         self.train_seconds = 0.0
         self.network_evals = 0
         self._step = 0
@@ -228,6 +228,10 @@ class Trainer:
             images = torch.cat([rollout.images for rollout in rollouts])[:_NUM_SHOWN]
             self.tracker.log_images(self._step, "samples/train", images, captions, samples)
 
+    def _note(self, lost: list[dict[str, Any]]) -> None:
+        """Keeps what the rewards have lost of the step that is under way."""
+        self.tracker.log_failures(self._step + 1, lost, where="training")
+
     def _score(self, batch: PromptBatch, samples: dict[str, Tensor]) -> Callable[[], Scores]:
         """The scores of some samples, when they are asked for; with several parts, from now on."""
         if self.config.scoring.parts == 1:
@@ -300,6 +304,7 @@ class Trainer:
             self.policy, self.accelerator, step=self._step, folder=self.run_folder / "eval"
         )
         self.tracker.log(self._step, result.metrics)
+        self.tracker.log_failures(self._step, result.lost, where="evaluation")
         self.tracker.log_images(
             self._step, "samples/eval", result.images, result.captions, result.samples
         )

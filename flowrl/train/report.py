@@ -20,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from flowrl import __version__
 from flowrl.config import load_config
 from flowrl.errors import ConfigError
-from flowrl.train import curves, gallery, overoptimisation
+from flowrl.train import curves, failures, gallery, overoptimisation
 from flowrl.train.card import usage
 from flowrl.train.keys import KEYS, match_key
 from flowrl.train.runfiles import JSON, RunFiles, read_run, write_text
@@ -54,6 +54,7 @@ def make_report(run: Path) -> Path:
         method_name=files.method.get("name", ""),
         settings=files.settings,
         training=curves.training(files),
+        failures=failures.section(files),
         cost=cost(files),
         artefacts=artefacts(files),
         env=files.env,

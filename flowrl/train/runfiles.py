@@ -20,7 +20,7 @@ from typing import Any
 from flowrl.config import load_config
 from flowrl.configdoc import describe_fields
 from flowrl.errors import ConfigError
-from flowrl.train.track import METRICS
+from flowrl.train.track import FAILURES, METRICS
 from flowrl.yamlio import read_yaml
 
 JSON = dict[str, Any]
@@ -47,6 +47,7 @@ class RunFiles:
         method, env, status: the JSON files of these names; empty if there is none.
         rows: of metrics.jsonl, in order.
         evals: the held-out evaluations, by step.
+        failures: rows of failures.jsonl, in order; a run that lost nothing has no such file.
         problems: what is missing or could not be read, and why, as sentences.
     """
 
@@ -58,6 +59,7 @@ class RunFiles:
     status: JSON
     rows: list[JSON]
     evals: list[JSON]
+    failures: list[JSON] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     def column(self, key: str) -> list[tuple[float, float]]:
@@ -137,6 +139,7 @@ def read_run(folder: Path) -> RunFiles:
         status=status,
         rows=rows,
         evals=_evals(folder / "eval", _last_step(rows, status), problems),
+        failures=_lines(lost, problems) if (lost := folder / FAILURES).is_file() else [],
         problems=problems,
     )
 
@@ -221,6 +224,11 @@ def _rows(file: Path, problems: list[str]) -> list[JSON]:
     if not file.is_file():
         problems.append("The run has no metrics.jsonl: it ended before its first training step.")
         return []
+    return _lines(file, problems)
+
+
+def _lines(file: Path, problems: list[str]) -> list[JSON]:
+    """The rows of a file of JSON lines, each with a step."""
     rows, damaged = [], []
     for number, line in enumerate(file.read_text("utf-8", errors="replace").splitlines(), start=1):
         try:
@@ -231,7 +239,7 @@ def _rows(file: Path, problems: list[str]) -> list[JSON]:
     if damaged:
         lines = ", ".join(damaged[:_LISTED]) + (", ..." if len(damaged) > _LISTED else "")
         problems.append(
-            f"Lines of metrics.jsonl that could not be read are left out: {lines} (a process "
+            f"Lines of {file.name} that could not be read are left out: {lines} (a process "
             "killed while it writes leaves half a line at the end)."
         )
     return rows

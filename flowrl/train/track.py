@@ -1,8 +1,8 @@
 """Where metrics go: always `metrics.jsonl` in the run's folder, and accelerate's trackers.
 
-One JSON object per line with `step` and `time`, valid whatever the values are. After a resume the
-rows of the abandoned continuation are dropped, so a step stands in the file once. Only the main
-process writes. The keys are documented in `keys.py`.
+One JSON object per line with `step` and `time`, valid whatever the values are. What rewards lost,
+and why, stands beside it in `failures.jsonl`. After a resume the rows of the abandoned continuation
+are dropped from both. Only the main process writes. The keys are documented in `keys.py`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 METRICS = "metrics.jsonl"
+FAILURES = "failures.jsonl"
 SAMPLES = "samples"
 
 _INSTALL = {"wandb": "pip install wandb", "tensorboard": "pip install -e '.[tensorboard]'"}
@@ -79,6 +80,7 @@ class Tracker:
         self._stream: TextIO | None = None
         if accelerator.is_main_process:
             self._stream = _open_metrics(run / METRICS, resumed_step)
+            _drop_rows(run / FAILURES, after=-1 if resumed_step is None else resumed_step)
         self._is_tracked = bool(trackers)
         if self._is_tracked:
             mode = os.environ.get("WANDB_MODE", mode)
@@ -142,6 +144,21 @@ class Tracker:
                 tracker.log(finite, step=step)
             else:
                 tracker.log({"step": step, **finite})
+
+    def log_failures(self, step: int, lost: Sequence[Mapping[str, Any]], *, where: str) -> None:
+        """Write what rewards lost, a row each; without any there is no file.
+
+        Args:
+            step: training steps done, with the one that lost them.
+            lost: as `collect.lost` makes them.
+            where: "training" or "evaluation".
+        """
+        if self._stream is None or not lost:
+            return
+        with (self.run / FAILURES).open("a", encoding="utf-8") as stream:
+            for each in lost:
+                row = {"step": int(step), "time": round(time.time(), 3), "where": where, **each}
+                stream.write(json.dumps(row, allow_nan=False) + "\n")
 
     def log_images(
         self,
@@ -254,15 +271,22 @@ def _open_metrics(file: Path, resumed_step: int | None) -> TextIO:
             f"{file} already holds the metrics of a run; set run.resume=latest to go on with it, "
             "choose another run.name, or delete the folder"
         )
-    if resumed_step is not None and file.exists():
-        rows = [row for row in read_metrics(file) if row["step"] <= resumed_step]
-        partial = file.with_name(f".{file.name}.tmp")
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(row) + "\n" for row in rows)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, file)
+    if resumed_step is not None:
+        _drop_rows(file, after=resumed_step)
     return file.open("a", encoding="utf-8", buffering=1)
+
+
+def _drop_rows(file: Path, *, after: int) -> None:
+    """Leaves out the rows of later steps; a file that is not there stays so."""
+    if not file.exists():
+        return
+    rows = [row for row in read_metrics(file) if row["step"] <= after]
+    partial = file.with_name(f".{file.name}.tmp")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row) + "\n" for row in rows)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, file)
 
 
 def _grid(pixels: Tensor, gap: int = 2) -> Tensor:
