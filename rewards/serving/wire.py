@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rewards.base import Metadata, check_images
+from rewards.serving import png
 
 WIRE = 1  # the format's version; both sides must speak the same
 MEDIA_TYPE = "application/x-safetensors"
@@ -347,16 +348,9 @@ def _from_tensor(name: str, tensors: dict[str, _Raw], shape: tuple[int, ...]) ->
 
 def _pngs(name: str, images: Tensor) -> dict[str, Tensor]:
     """A tensor of bytes per image, empty where it is not finite."""
-    from io import BytesIO
-
-    from rewards.simple import pil_images
-
     tensors = {}
     for index, image in enumerate(images):
-        buffer = BytesIO()
-        if image.isfinite().all():
-            pil_images(image[None])[0].save(buffer, format="PNG")
-        data = bytearray(buffer.getvalue())
+        data = bytearray(png.pack(image))
         empty = torch.empty(0, dtype=torch.uint8)
         tensors[f"{name}.{index}"] = torch.frombuffer(data, dtype=torch.uint8) if data else empty
     return tensors
@@ -372,26 +366,8 @@ def _from_pngs(name: str, tensors: dict[str, _Raw], shape: tuple[int, ...]) -> T
             what = "nothing" if raw is None else f"{raw['dtype']} {raw['shape']}"
             raise WireError(f"{key} must be the bytes of a PNG, U8 [n], got {what}")
         if raw["data"]:
-            images[index] = _from_png(key, bytes(raw["data"]), shape[2:])
+            try:
+                images[index] = png.unpack(bytes(raw["data"]), shape[2:])
+            except ValueError as error:
+                raise WireError(f"{key} {error}") from error
     return images
-
-
-def _from_png(key: str, data: bytes, size: tuple[int, ...]) -> Tensor:
-    from io import BytesIO
-
-    from PIL import Image
-
-    try:
-        with Image.open(BytesIO(data), formats=["PNG"]) as image:
-            found = (image.height, image.width)
-            if found != size or image.mode != "RGB":  # before it is unpacked
-                raise WireError(
-                    f"{key} must be RGB of {size[0]} x {size[1]}, got {image.mode} of "
-                    f"{found[0]} x {found[1]}"
-                )
-            levels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    except WireError:
-        raise
-    except Exception as error:  # a broken file raises whatever its broken chunk leads to
-        raise WireError(f"{key} is not a PNG: {type(error).__name__}: {error}") from error
-    return levels.reshape(*size, 3).permute(2, 0, 1).float() / 255
