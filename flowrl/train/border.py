@@ -20,6 +20,8 @@ INPUTS = ("images", "videos", "texts", "latents", "prompts", "metadata")
 GIVEN = ("prompts", "metadata")  # whatever is generated
 SCOPES = ("sample", "group")
 SCORE = "score"  # the entry of a reward's mapping that is trained on; the others are its components
+# What is logged of every reward beside its components, under the same names.
+_LOGGED = ("mean", "std", "invalid_frac", "failed_calls")
 
 
 def check_declaration(name: str, reward: Reward, provides: Sequence[str]) -> None:
@@ -111,6 +113,14 @@ def check_output(name: str, reward: Reward, output: object, num: int) -> dict[st
             f"reward '{name}' returned a mapping of {', '.join(map(repr, parts)) or 'nothing'}; "
             f"what is trained on must be called '{SCORE}', the others are its components"
         )
+    for key in parts:
+        is_name = isinstance(key, str) and key.isprintable() and key != "" and "/" not in key
+        if not is_name or key in _LOGGED:
+            raise RewardError(
+                f"reward '{name}' calls a component {key!r}, which cannot be logged as "
+                f"reward/{name}/<component>; give it another name, without '/', that is not one of "
+                f"{', '.join(_LOGGED)}"
+            )
     values = {key: _finite(name, key, value, num) for key, value in parts.items()}
     low, high = reward.range
     below, above = (1e-5 * max(1.0, abs(bound)) for bound in (low, high))  # float32's rounding

@@ -15,12 +15,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from rewards.serving.calls import RewardFailed, Served, call
 from rewards.serving.metrics import Metrics
-from rewards.serving.pieces import cut, join
+from rewards.serving.pieces import Values, cut, cut_values, join, join_values
 from rewards.serving.wire import Request
 
 _CLOSING = RewardFailed("the server is shutting down")
@@ -30,7 +27,7 @@ _CLOSING = RewardFailed("the server is shutting down")
 class _Waiting:
     request: Request
     since: float
-    scores: asyncio.Future[Tensor]
+    values: asyncio.Future[Values]
 
 
 class Batcher:
@@ -72,8 +69,8 @@ class Batcher:
         """Requests that are in the queue."""
         return len(self._waiting)
 
-    async def score(self, request: Request) -> Tensor:
-        """The scores of one request, float32 [B].
+    async def score(self, request: Request) -> Values:
+        """The scores of one request and their components.
 
         Raises:
             RewardFailed: the reward could not score it.
@@ -82,7 +79,7 @@ class Batcher:
         waiting = _Waiting(request, loop.time(), loop.create_future())
         self._waiting.append(waiting)
         self._arrived.set()
-        return await waiting.scores
+        return await waiting.values
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -105,14 +102,14 @@ class Batcher:
             self._settle(batch, results)
 
     @staticmethod
-    def _settle(batch: Sequence[_Waiting], results: Sequence[Tensor | RewardFailed]) -> None:
+    def _settle(batch: Sequence[_Waiting], results: Sequence[Values | RewardFailed]) -> None:
         for each, result in zip(batch, results, strict=True):
-            if each.scores.done():  # cancelled: nobody waits for it any more
+            if each.values.done():  # cancelled: nobody waits for it any more
                 continue
-            if isinstance(result, Tensor):
-                each.scores.set_result(result)
+            if isinstance(result, RewardFailed):
+                each.values.set_exception(result)
             else:
-                each.scores.set_exception(result)
+                each.values.set_result(result)
 
     async def _next_arrival(self, timeout_s: float | None) -> None:
         self._arrived.clear()
@@ -138,26 +135,26 @@ class Batcher:
 
     # ----------------------------------------------------------------- in the reward's thread
 
-    def _score_all(self, requests: Sequence[Request]) -> list[Tensor | RewardFailed]:
+    def _score_all(self, requests: Sequence[Request]) -> list[Values | RewardFailed]:
         """The scores of each request, or why it has none; nothing is raised."""
         together = self._try(requests)
-        if isinstance(together, Tensor):
-            return list(torch.split(together, [len(request) for request in requests]))
+        if not isinstance(together, RewardFailed):
+            return [*cut_values(together, [len(request) for request in requests])]
         if len(requests) == 1:
             return [together]
         return [self._try([request]) for request in requests]
 
-    def _try(self, requests: Sequence[Request]) -> Tensor | RewardFailed:
+    def _try(self, requests: Sequence[Request]) -> Values | RewardFailed:
         try:
             request = join(requests)
             pieces = cut(request, self._max_batch) if self._joins else [request]
-            return torch.cat([self._call(piece) for piece in pieces])
+            return join_values([self._call(piece) for piece in pieces])
         except RewardFailed as error:
             return error
         except Exception as error:  # out of memory, say: it must not stop the queue
             return RewardFailed(f"{self.served.name!r}: {type(error).__name__}: {error}")
 
-    def _call(self, request: Request) -> Tensor:
+    def _call(self, request: Request) -> Values:
         started = time.monotonic()
         try:
             return call(self.served, request)

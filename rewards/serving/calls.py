@@ -16,8 +16,10 @@ from torch import Tensor
 
 from rewards.base import INPUTS
 from rewards.registry import check_members
-from rewards.serving.wire import Request, WireError
+from rewards.serving.pieces import Values
+from rewards.serving.wire import Request, WireError, check_component
 
+SCORE = "score"  # what is trained on, of the names in a mapping
 Kind = Literal["reward", "judge"]
 UNBOUNDED = (-math.inf, math.inf)
 
@@ -143,8 +145,11 @@ def check_request(declared: Declaration, request: Request) -> None:
 
 
 @torch.no_grad()
-def call(served: Served, request: Request) -> Tensor:
-    """The scores, or probabilities that the first image wins, float32 [B] on the CPU.
+def call(served: Served, request: Request) -> Values:
+    """The scores and their components, or probabilities that the first image wins.
+
+    Returns:
+        "score" and the names of the components -> float32 [B] on the CPU.
 
     Raises:
         RewardFailed: it raised, or returned something else than one float per sample.
@@ -162,14 +167,27 @@ def call(served: Served, request: Request) -> Tensor:
     except (Exception, SystemExit) as error:  # a reward that calls sys.exit ends only its request
         reason = f"{type(error).__name__}: {error}"
         raise RewardFailed(f"reward {served.name!r} raised {reason}") from error
-    num = len(request)
-    if isinstance(output, Mapping):  # its components stay here
-        output = output.get("score")
-    if not isinstance(output, Tensor) or output.shape != (num,) or not output.is_floating_point():
-        got = (
-            f"{output.dtype} {list(output.shape)}"
-            if isinstance(output, Tensor)
-            else type(output).__name__
+    parts = output if isinstance(output, Mapping) else {SCORE: output}
+    if SCORE not in parts:
+        raise RewardFailed(
+            f"reward {served.name!r} must call what is trained on {SCORE!r}, got a mapping of "
+            f"{', '.join(map(repr, parts)) or 'nothing'}"
         )
-        raise RewardFailed(f"reward {served.name!r} must return a float tensor [{num}], got {got}")
-    return output.detach().to("cpu", torch.float32)
+    return {name: _floats(served.name, name, each, len(request)) for name, each in parts.items()}
+
+
+def _floats(reward: str, name: Any, values: Any, num: int) -> Tensor:
+    """One tensor that a reward returned, as float32 [num] on the CPU."""
+    what = ""
+    if name != SCORE:
+        what = f" as its component {name!r}"
+        try:
+            check_component(name)
+        except WireError as error:
+            raise RewardFailed(f"reward {reward!r}: {error}") from error
+    if not isinstance(values, Tensor) or values.shape != (num,) or not values.is_floating_point():
+        got = type(values).__name__
+        if isinstance(values, Tensor):
+            got = f"{values.dtype} {list(values.shape)}"
+        raise RewardFailed(f"reward {reward!r} must return a float tensor [{num}]{what}, got {got}")
+    return values.detach().to("cpu", torch.float32)

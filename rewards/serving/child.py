@@ -43,10 +43,12 @@ def _answer(served: Served, body: bytes) -> tuple[bytes, bytes]:
     try:
         # The server has checked and bounded what it passes on.
         asked = wire.decode_request(body, wire.Limits(max_samples=2**31, max_pixels=2**62))
-        scores = call(served, asked)
+        values = call(served, asked)
     except (RewardFailed, wire.WireError) as error:
         return frames.FAILS, str(error).encode()
-    answer = wire.Answer(asked.reward, asked.request_id, asked.sample_ids, "", scores)
+    answer = wire.Answer(
+        asked.reward, asked.request_id, asked.sample_ids, "", values.pop("score"), values
+    )
     return frames.ANSWERS, wire.encode_answer(answer)
 
 

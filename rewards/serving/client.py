@@ -23,8 +23,8 @@ from torch import Tensor
 
 from rewards.serving import wire
 from rewards.serving.balance import Patience, RemoteRefused, Servers
-from rewards.serving.calls import Declaration, Kind, read_declaration
-from rewards.serving.pieces import cut
+from rewards.serving.calls import SCORE, Declaration, Kind, read_declaration
+from rewards.serving.pieces import Values, cut, join_values
 
 _PATHS: dict[Kind, str] = {"reward": "/v1/score", "judge": "/v1/compare"}
 _CLIENTS: dict[Kind, str] = {"reward": "remote", "judge": "remote_judge"}
@@ -110,10 +110,10 @@ class _Remote:
 
     def _ask_all(
         self, images: Mapping[str, Tensor], prompts: Any, metadata: Any, num: int
-    ) -> Tensor:
-        """The scores of `num` samples, float32 [num] on the CPU, asked for in pieces."""
+    ) -> Values:
+        """The scores of `num` samples and their components, on the CPU, asked for in pieces."""
         if num == 0:
-            return torch.empty(0)
+            return {SCORE: torch.empty(0)}
         whole = wire.Request(
             reward=self._reward,
             request_id="none",  # a piece gets its own
@@ -139,9 +139,9 @@ class _Remote:
                 stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        return torch.cat([each.result() for each in waiting])
+        return join_values([each.result() for each in waiting])
 
-    def _ask(self, piece: wire.Request, stop: threading.Event | None = None) -> Tensor:
+    def _ask(self, piece: wire.Request, stop: threading.Event | None = None) -> Values:
         request = replace(piece, request_id=uuid.uuid4().hex)
         body = wire.encode_request(request, encoding=self._encoding)
         if len(body) > self._max_body:
@@ -151,7 +151,7 @@ class _Remote:
                 "server's max_body_mb"
             )
 
-        def read(answer: bytes) -> Tensor:
+        def read(answer: bytes) -> Values:
             found = wire.decode_answer(answer, request)
             if found.fingerprint != self.declaration.fingerprint:
                 raise RemoteRefused(
@@ -160,7 +160,7 @@ class _Remote:
                     f"({self.declaration.fingerprint!r}); give all servers the same config and "
                     "release, and start the run again"
                 )
-            return found.scores
+            return {SCORE: found.scores, **found.components}
 
         path = _PATHS[self.kind]
         return self._servers.ask(path, read, what=f"reward {self._reward!r}", body=body, stop=stop)
@@ -210,8 +210,10 @@ class RemoteReward(_Remote):
         images: Tensor | None = None,
         prompts: Sequence[str] | None = None,
         metadata: Sequence[Mapping[str, Any]] | None = None,
-    ) -> Tensor:
+    ) -> Tensor | Values:
         """Scores, float32 [B], on the images' device; NaN: not to be scored.
+
+        Or a mapping of them, as "score", and their components, where the served reward has some.
 
         Args:
             images: float [B, 3, H, W] in [0, 1], of single or half precision.
@@ -227,8 +229,10 @@ class RemoteReward(_Remote):
         chosen = {name: given[name] for name in self.inputs}
         num = _count(self._reward, chosen)
         pictures = {name: each for name, each in chosen.items() if isinstance(each, Tensor)}
-        scores = self._ask_all(pictures, chosen.get("prompts"), chosen.get("metadata"), num)
-        return scores if images is None else scores.to(images.device)
+        values = self._ask_all(pictures, chosen.get("prompts"), chosen.get("metadata"), num)
+        if images is not None:
+            values = {name: each.to(images.device) for name, each in values.items()}
+        return values if len(values) > 1 else values[SCORE]
 
 
 class RemoteJudge(_Remote):
@@ -258,7 +262,7 @@ class RemoteJudge(_Remote):
         read = {name: value for name, value in rows.items() if value is not None}
         num = _count(self._reward, {"first": first, "second": second, **read})
         answer = self._ask_all({"first": first, "second": second}, **rows, num=num)
-        return answer.to(first.device)
+        return answer[SCORE].to(first.device)
 
 
 def _count(reward: str, inputs: Mapping[str, Any]) -> int:

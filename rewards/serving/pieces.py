@@ -1,4 +1,4 @@
-"""Requests joined for one call, and cut into several."""
+"""Requests joined for one call, and cut into several; what was scored of them likewise."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from rewards.serving.wire import Request
+
+# "score" and the names of its components -> float32 [B] each.
+Values = dict[str, Tensor]
 
 
 def join(requests: Sequence[Request]) -> Request:
@@ -47,3 +51,23 @@ def _part(request: Request, part: slice) -> Request:
         prompts=None if request.prompts is None else request.prompts[part],
         metadata=None if request.metadata is None else request.metadata[part],
     )
+
+
+def join_values(parts: Sequence[Values]) -> Values:
+    """What was scored of several parts, in order; a component that a part lacks is NaN there."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {
+        name: torch.cat(
+            [
+                part[name] if name in part else torch.full_like(part["score"], torch.nan)
+                for part in parts
+            ]
+        )
+        for name in names
+    }
+
+
+def cut_values(values: Values, sizes: Sequence[int]) -> list[Values]:
+    """What was scored in parts of these sizes, in order."""
+    parts = {name: torch.split(each, list(sizes)) for name, each in values.items()}
+    return [{name: each[i] for name, each in parts.items()} for i in range(len(sizes))]

@@ -29,7 +29,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rewards.serving import wire
 from rewards.serving.batching import Answers, Batcher, Conflict
-from rewards.serving.calls import Kind, RewardFailed, Served, check_request
+from rewards.serving.calls import SCORE, Kind, RewardFailed, Served, check_request
 from rewards.serving.metrics import Metrics
 
 OPEN_PATHS = ("/health",)  # answered without a token
@@ -328,12 +328,15 @@ class _Desk:
 
     async def _score(self, asked: wire.Request) -> bytes:
         batcher = self.batchers[asked.reward]
-        scores = await batcher.score(asked)
+        values = dict(await batcher.score(asked))
+        scores = values.pop(SCORE)
         self._metrics.add("samples_total", len(scores), reward=asked.reward)
         self._metrics.add("nan_total", int(scores.isnan().sum()), reward=asked.reward)
         fingerprint = batcher.served.declaration.fingerprint
         return wire.encode_answer(
-            wire.Answer(asked.reward, asked.request_id, asked.sample_ids, fingerprint, scores)
+            wire.Answer(
+                asked.reward, asked.request_id, asked.sample_ids, fingerprint, scores, values
+            )
         )
 
 

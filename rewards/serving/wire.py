@@ -2,8 +2,9 @@
 
 Images travel as float32, so that a served reward scores the very bits that it would score in
 process, or as 8 bit PNG, a fraction of the size. The parser believes nothing: whatever is not
-exactly what it expects is one `WireError` with the reason. NaN and infinities survive, in images
-as in scores. Reading order: `Request`, `encode_request`, `decode_request`, `Answer`.
+exactly what it expects is one `WireError` with the reason. NaN and infinities survive, in images as
+in scores and their components. Reading order: `Request`, `encode_request`, `decode_request`,
+`Answer`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ MEDIA_TYPE = "application/x-safetensors"
 ENCODINGS = ("tensor", "png")
 _KEY = "flowrl"  # of the JSON in the safetensors metadata
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
+_SCORES, _COMPONENT = "scores", "component/"  # names of an answer's tensors; the latter begins one
 _MAX_DEPTH = 32  # of nested metadata
 _HALVES = (torch.float32, torch.float16, torch.bfloat16)  # exact in float32
 
@@ -95,6 +97,7 @@ class Answer:
         sample_ids: as in the request, in its order.
         fingerprint: of the reward that scored: its name, arguments and the server's version.
         scores: float32 [B]; NaN: not to be scored.
+        components: of the scores, name -> float32 [B]; see `check_component`.
     """
 
     reward: str
@@ -102,6 +105,7 @@ class Answer:
     sample_ids: tuple[str, ...]
     fingerprint: str
     scores: Tensor
+    components: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def encode_request(request: Request, *, encoding: str = "tensor") -> bytes:
@@ -170,7 +174,11 @@ def decode_request(body: bytes, limits: Limits = Limits()) -> Request:
 
 
 def encode_answer(answer: Answer) -> bytes:
-    """The body of an answer."""
+    """The body of an answer; components are sent as float32, too.
+
+    Raises:
+        WireError: a component's name cannot be sent.
+    """
     header = {
         "wire": WIRE,
         "reward": answer.reward,
@@ -178,8 +186,13 @@ def encode_answer(answer: Answer) -> bytes:
         "sample_ids": answer.sample_ids,
         "fingerprint": answer.fingerprint,
     }
-    scores = answer.scores.detach().to("cpu", torch.float32).contiguous()
-    return save({"scores": scores}, {_KEY: json.dumps(header)})
+    tensors = {_SCORES: answer.scores}
+    for name, values in answer.components.items():
+        check_component(name)
+        tensors[_COMPONENT + name] = values
+    # Copies: safetensors refuses tensors that share memory, as a score does that is its component.
+    tensors = {k: v.detach().to("cpu", torch.float32, copy=True) for k, v in tensors.items()}
+    return save(tensors, {_KEY: json.dumps(header)})
 
 
 def decode_answer(body: bytes, request: Request) -> Answer:
@@ -187,7 +200,7 @@ def decode_answer(body: bytes, request: Request) -> Answer:
 
     Raises:
         WireError: not as `encode_answer` writes it, or not the answer to `request`: another
-            reward or id, other samples, another order or number.
+            reward or id, other samples, another order or number, of scores or of a component.
     """
     header, tensors = _unpack(body, _ANSWER)
     for key, asked in (("reward", request.reward), ("request_id", request.request_id)):
@@ -200,10 +213,31 @@ def decode_answer(body: bytes, request: Request) -> Answer:
         )
     if not isinstance(header["fingerprint"], str):
         raise WireError(f"fingerprint must be a text; {_got(header['fingerprint'])}")
-    if set(tensors) != {"scores"}:
-        raise WireError(f"expected scores alone; got {_listed(tensors)}")
-    scores = _from_tensor("scores", tensors, (len(names),))
-    return Answer(header["reward"], header["request_id"], names, header["fingerprint"], scores)
+    scores = _from_tensor(_SCORES, tensors, (len(names),))
+    components = {}
+    for key in sorted(tensors):
+        if not key.startswith(_COMPONENT):
+            raise WireError(f"expected scores and components alone; got {_listed([key])}")
+        name = key.removeprefix(_COMPONENT)
+        check_component(name)
+        components[name] = _from_tensor(key, tensors, (len(names),))
+    return Answer(
+        header["reward"], header["request_id"], names, header["fingerprint"], scores, components
+    )
+
+
+def check_component(name: Any) -> None:
+    """Raises WireError unless a score's component can have this name.
+
+    A text of 1 to 64 printable characters without "/", which would end it in a metric's key, and
+    not "score".
+    """
+    is_text = isinstance(name, str) and name.isprintable() and 0 < len(name) <= 64
+    if not is_text or "/" in name or name == "score":
+        raise WireError(
+            "a component's name must be 1 to 64 printable characters without '/', other than "
+            f"'score'; {_got(name)}"
+        )
 
 
 # --------------------------------------------------------------------------- the container

@@ -21,7 +21,8 @@ from torch import Tensor
 
 import rewards
 from rewards.serving import frames, wire
-from rewards.serving.calls import Declaration, RewardFailed, read_declaration
+from rewards.serving.calls import SCORE, Declaration, RewardFailed, read_declaration
+from rewards.serving.pieces import Values
 
 # Puts our `rewards`, and nothing beside it, before the other environment's own packages.
 _BOOT = """
@@ -83,7 +84,7 @@ class _Worker:
         """End the process."""
         self._process.close()
 
-    def _ask(self, images: Mapping[str, Tensor], prompts: Any, metadata: Any, num: int) -> Tensor:
+    def _ask(self, images: Mapping[str, Tensor], prompts: Any, metadata: Any, num: int) -> Values:
         self._num_asked += 1
         request = wire.Request(
             reward=self._process.name,
@@ -110,14 +111,16 @@ class WorkerReward(_Worker):
         images: Tensor | None = None,
         prompts: Sequence[str] | None = None,
         metadata: Sequence[Mapping[str, Any]] | None = None,
-    ) -> Tensor:
-        """Scores, float32 [B].
+    ) -> Tensor | Values:
+        """Scores, float32 [B], or a mapping of them and their components.
 
         Raises:
             RewardFailed: the reward raised, or its process died twice or did not answer.
         """
         num = next(len(each) for each in (images, prompts, metadata) if each is not None)
-        return self._ask({} if images is None else {"images": images}, prompts, metadata, num)
+        pictures = {} if images is None else {"images": images}
+        values = self._ask(pictures, prompts, metadata, num)
+        return values if len(values) > 1 else values[SCORE]
 
 
 class WorkerJudge(_Worker):
@@ -135,7 +138,7 @@ class WorkerJudge(_Worker):
             each if each and name in self.inputs else None
             for name, each in (("prompts", prompts), ("metadata", metadata))
         )
-        return self._ask({"first": first, "second": second}, texts, rows, len(first))
+        return self._ask({"first": first, "second": second}, texts, rows, len(first))[SCORE]
 
 
 class _Process:
@@ -182,8 +185,8 @@ class _Process:
             raise RewardFailed(payload.decode())
         return read_declaration(self.name, json.loads(payload))
 
-    def ask(self, request: wire.Request) -> Tensor:
-        """The scores of a request, float32 [B]; a process that dies on it is tried once more.
+    def ask(self, request: wire.Request) -> Values:
+        """The scores of a request and their components; a process that dies is tried once more.
 
         Raises:
             RewardFailed: the reward raised, or its process died twice or did not answer.
@@ -211,7 +214,8 @@ class _Process:
                 continue
             if kind == frames.FAILS:
                 raise RewardFailed(payload.decode())
-            return wire.decode_answer(payload, request).scores
+            answer = wire.decode_answer(payload, request)
+            return {SCORE: answer.scores, **answer.components}
         raise AssertionError
 
     def close(self) -> None:

@@ -32,6 +32,14 @@ class Talkative(Brightness):
         return super().score(images=images)
 
 
+class Detailed(Brightness):
+    """Brightness with its square beside it."""
+
+    def score(self, *, images: Tensor, prompts: Any = (), metadata: Any = ()) -> Any:
+        scores = super().score(images=images)
+        return {"score": scores, "squared": scores.square()}
+
+
 class Reads:
     """A reward of texts: the length of the prompt times the factor of its metadata."""
 

@@ -139,5 +139,6 @@ too_short = changed(
     lambda true: replace(true, sample_ids=true.sample_ids[:-1], scores=true.scores[:-1])
 )
 too_few_scores = changed(lambda true: replace(true, scores=true.scores[:-1]))
+too_few_of_a_component = changed(lambda true: replace(true, components={"part": true.scores[:-1]}))
 another_request = changed(lambda true: replace(true, request_id="0" * 32))
 another_reward = changed(lambda true: replace(true, fingerprint="other"))

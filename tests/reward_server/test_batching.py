@@ -2,7 +2,7 @@
 
 Kills, among others: scores handed to the wrong request; a group merged with another; a batch above
 the bound; a poisoned sample that fails its neighbours; a repeated id that is scored again; a
-failure that is remembered as an answer.
+failure that is remembered as an answer; a component that stays behind, or lands on another request.
 """
 
 from __future__ import annotations
@@ -46,6 +46,12 @@ def run_batched(
 
 
 async def all_scores(batcher: Batcher, requests: list[Request]) -> list[Any]:
+    """The scores of each request, or what was raised."""
+    values = await all_values(batcher, requests)
+    return [each["score"] if isinstance(each, dict) else each for each in values]
+
+
+async def all_values(batcher: Batcher, requests: list[Request]) -> list[Any]:
     asked = [batcher.score(request) for request in requests]
     return await asyncio.gather(*asked, return_exceptions=True)
 
@@ -115,7 +121,7 @@ def test_a_request_waits_for_company_and_no_longer_than_until_the_call_is_full()
             await asyncio.sleep(0)
         assert batcher.num_waiting == 1  # it would wait for an hour
         second = await batcher.score(ask([0.2] * 3))  # now the call is full
-        return torch.cat([await first, second])
+        return torch.cat([(await first)["score"], second["score"]])
 
     reward = Recorded()
     scores: Tensor = run_batched(reward, work, max_wait_s=FOREVER_S)
@@ -175,7 +181,7 @@ def test_after_any_failure_the_queue_goes_on() -> None:
             with pytest.raises(RewardFailed) as caught:
                 await batcher.score(ask([level]))
             found.append(str(caught.value))
-        assert (await batcher.score(ask([0.5]))).tolist() == [0.5]
+        assert (await batcher.score(ask([0.5])))["score"].tolist() == [0.5]
         return found
 
     expected = "reward 'bright' must return a float tensor [1], got "
@@ -194,6 +200,75 @@ def test_scores_of_half_precision_arrive_as_float32() -> None:
 
     [scores] = run_batched(Half(), lambda batcher: all_scores(batcher, [ask([0.5])]))
     assert scores.dtype == torch.float32 and not scores.requires_grad
+
+
+class Detailed(Recorded):
+    """Brightness with the three channels as components; "dark" only where all images are."""
+
+    def score(self, *, images: Tensor, prompts: Any = (), metadata: Any = ()) -> Any:
+        scores = super().score(images=images)
+        values = dict(zip(("red", "green", "blue"), images.mean(dim=(2, 3)).unbind(1), strict=True))
+        values["itself"] = scores  # the same memory
+        if (scores < 0.5).all():
+            values["dark"] = 1 - scores
+        return {"score": scores, **values}
+
+
+def test_components_are_split_with_their_requests_and_joined_with_their_pieces() -> None:
+    levels = [[0.1, 0.2], [0.3] * 9, [0.6]]  # the second takes two calls
+    requests = [ask(each) for each in levels]
+    for max_batch, calls in ((8, [3, 8, 1]), (64, [12])):
+        reward = Detailed()
+        found = run_batched(
+            reward, lambda batcher: all_values(batcher, requests), max_batch=max_batch
+        )
+        assert reward.calls == calls
+        for values, own, request in zip(found, levels, requests, strict=True):
+            images = request.images["images"]
+            assert values["green"].equal(images.mean(dim=(2, 3))[:, 1])
+            assert values["itself"].equal(values["score"])
+            assert all(each.shape == (len(own),) for each in values.values())
+    assert all("dark" not in each for each in found)  # one of the call's images is not
+
+
+def test_a_component_that_a_call_lacks_is_nan_and_not_zero() -> None:
+    [values] = run_batched(
+        Detailed(), lambda b: all_values(b, [ask([0.25, 0.25, 0.75, 0.25])]), max_batch=2
+    )
+    assert values["dark"].nan_to_num(-1).tolist() == [0.75, 0.75, -1, -1]
+
+
+@pytest.mark.parametrize(
+    ("components", "reason"),
+    [
+        ({"a": torch.zeros(2)}, r"float tensor \[1\] as its component 'a', got torch.float32 \[2"),
+        ({"a": [0.0]}, r"as its component 'a', got list"),
+        ({"a": torch.zeros(1).long()}, r"as its component 'a', got torch.int64 \[1\]"),
+        ({"a/b": torch.zeros(1)}, r"a component's name must be .*; got 'a/b'"),
+        ({"": torch.zeros(1)}, r"a component's name must be .*; got ''"),
+        ({3: torch.zeros(1)}, r"a component's name must be .*; got 3"),
+    ],
+)
+def test_components_that_do_not_fit_fail_the_request(
+    components: dict[Any, Any], reason: str
+) -> None:
+    class Odd(Recorded):
+        def score(self, *, images: Tensor, prompts: Any = (), metadata: Any = ()) -> Any:
+            return {"score": super().score(images=images), **components}
+
+    [failed] = run_batched(Odd(), lambda batcher: all_scores(batcher, [ask([0.5])]))
+    assert isinstance(failed, RewardFailed)
+    with pytest.raises(RewardFailed, match=reason):
+        raise failed
+
+
+def test_a_mapping_without_a_score_fails_the_request() -> None:
+    class Nameless(Recorded):
+        def score(self, *, images: Tensor, prompts: Any = (), metadata: Any = ()) -> Any:
+            return {"clip": super().score(images=images)}
+
+    [failed] = run_batched(Nameless(), lambda batcher: all_scores(batcher, [ask([0.5])]))
+    assert str(failed).endswith("must call what is trained on 'score', got a mapping of 'clip'")
 
 
 def test_whoever_waits_when_the_server_stops_is_told() -> None:

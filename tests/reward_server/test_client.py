@@ -2,7 +2,7 @@
 
 Kills, among others: pieces put together in another order; a group torn apart; all requests to the
 first of two servers; a server that failed and is asked again at once; a client that draws from the
-run's random numbers; a connection before the first use.
+run's random numbers; a connection before the first use; components that stay at the server.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 
 import rewards
 from flowrl.testing import check_reward
+from flowrl.train.scoring import RewardSet
+from flowrl.types import Prompt, PromptBatch
 from rewards.pairwise import PointwiseJudge, WinRate
 from rewards.serving import balance
 from rewards.serving.balance import RemoteRefused
@@ -71,6 +73,40 @@ def test_pieces_are_put_together_in_order(server: Running, size: int | None) -> 
     reward = RemoteReward(url=server.url, reward="bright", images_per_request=size)
     scores = reward.score(images=flat(LEVELS))
     assert scores.equal(Brightness().score(images=flat(LEVELS)))
+
+
+class Detailed(Recorded):
+    """Brightness, and what it says of the single channels."""
+
+    def score(self, **inputs: Any) -> Any:
+        images = inputs["images"]
+        scores = super().score(**inputs)
+        return {"score": scores, "red": images[:, 0].mean(dim=(1, 2)), "itself": scores}
+
+
+@pytest.mark.parametrize("size", [None, 1, 4])
+def test_components_arrive_bit_by_bit_however_the_batch_is_cut(size: int | None) -> None:
+    images = torch.rand(7, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    images[2] = torch.nan
+    here = Detailed().score(images=images)
+    with serving(served("bright", Detailed())) as running:
+        reward = RemoteReward(url=running.url, reward="bright", images_per_request=size)
+        there = reward.score(images=images)
+        assert isinstance(there, dict) and list(there) == ["score", "itself", "red"]
+        for name, values in here.items():
+            assert torch.equal(there[name].view(torch.int32), values.view(torch.int32)), name
+        assert there["score"].isnan().tolist() == [i == 2 for i in range(7)]
+        check_reward(reward)
+        # What a run logs of it is what it would log in process.
+        batch = PromptBatch((Prompt("p"),) * 6, *[torch.arange(6)] * 4, seed=0)
+        whole = torch.cat([images[:2], images[3:]])
+        logged = [
+            RewardSet([("r", each, 1.0)]).score(batch, images=whole)
+            for each in (reward, Detailed())
+        ]
+        assert list(logged[0].components) == ["r/itself", "r/red"]
+        for key, values in logged[1].components.items():
+            assert values.equal(logged[0].components[key])
 
 
 def test_a_group_is_asked_for_as_a_whole(server: Running) -> None:

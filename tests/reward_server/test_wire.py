@@ -84,14 +84,25 @@ def test_a_request_arrives_bit_by_bit(
     assert all(arrived.images[name].shape == request.images[name].shape for name in names)
 
 
+names = st.text(min_size=1, max_size=64).filter(
+    lambda name: name.isprintable() and "/" not in name and name != "score"
+)
+
+
 @few
-@given(st.integers(1, 6), st.integers(0, 2**31))
-def test_scores_come_back_bit_by_bit_nan_included(num: int, seed: int) -> None:
+@given(st.integers(1, 6), st.integers(0, 2**31), st.sets(names, max_size=3))
+def test_scores_and_components_come_back_bit_by_bit_nan_included(
+    num: int, seed: int, parts: set[str]
+) -> None:
     request = ask([0.0] * num)
     scores = any_floats((num,), seed)
-    body = encode_answer(Answer("bright", "r", request.sample_ids, "f", scores))
+    components = {name: any_floats((num,), seed + 1 + i) for i, name in enumerate(sorted(parts))}
+    body = encode_answer(Answer("bright", "r", request.sample_ids, "f", scores, components))
     arrived = decode_answer(body, request)
     assert bits(arrived.scores) == bits(scores)
+    assert {name: bits(values) for name, values in arrived.components.items()} == {
+        name: bits(values) for name, values in components.items()
+    }
     assert (arrived.reward, arrived.request_id, arrived.fingerprint) == ("bright", "r", "f")
 
 
@@ -313,11 +324,22 @@ WRONG_ANSWERS: list[tuple[bytes, str]] = [
     (answer(scores=torch.zeros(1)), r"scores must be F32 \[2\], got F32 \[1\]"),
     (answer(scores=torch.zeros(2, 1)), r"scores must be F32 \[2\]"),
     (rebuilt(answer(), {"scores": torch.zeros(2).double()}), "got F64"),
-    (rebuilt(answer(), {"scores": torch.zeros(2), "x": torch.zeros(1)}), "expected scores alone"),
+    (rebuilt(answer(), {"scores": torch.zeros(2), "x": torch.zeros(2)}), "alone; got 'x'"),
+    (rebuilt(answer(), {"x": torch.zeros(2)}), r"scores must be F32 \[2\], got nothing"),
+    (answer(components={"a": torch.zeros(1)}), r"component/a must be F32 \[2\], got F32 \[1\]"),
+    (answer(components={"a": torch.zeros(2, 1)}), r"component/a must be F32 \[2\]"),
+    (rebuilt(answer(), {"scores": torch.zeros(2), "component/a": torch.zeros(2).double()}),
+     r"component/a must be F32 \[2\], got F64"),
+    (rebuilt(answer(), {"scores": torch.zeros(2), "component/": torch.zeros(2)}),
+     "a component's name must be .*; got ''"),
+    (rebuilt(answer(), {"scores": torch.zeros(2), "component/score": torch.zeros(2)}),
+     "other than 'score'; got 'score'"),
+    (rebuilt(answer(), {"scores": torch.zeros(2), "component/a/b": torch.zeros(2)}),
+     "a component's name must be .*; got 'a/b'"),
     (rebuilt(answer(), fingerprint=None), "fingerprint must be a text"),
     (answer()[:-1], "not safetensors"),
     (b"", "not safetensors"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("body", "reason"), WRONG_ANSWERS, ids=[why for _, why in WRONG_ANSWERS])
@@ -325,3 +347,18 @@ def test_an_answer_to_something_else_is_refused(body: bytes, reason: str) -> Non
     with pytest.raises(WireError, match=reason):
         decode_answer(body, ask([0.1, 0.2]))
     assert decode_answer(answer(), ask([0.1, 0.2])).scores[0] == 0.25
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "score", "x" * 65, "a\nb"])
+def test_a_component_whose_name_would_not_arrive_is_refused_before_it_is_sent(name: str) -> None:
+    with pytest.raises(WireError, match="a component's name must be"):
+        answer(components={name: torch.zeros(2)})
+
+
+def test_an_answer_of_before_there_were_components_is_read() -> None:
+    header = {"wire": 1, "reward": "bright", "request_id": "r", "sample_ids": ["s0", "s1"],
+              "fingerprint": "f"}  # fmt: skip
+    old = save({"scores": torch.tensor([0.5, 0.25])}, {"flowrl": json.dumps(header)})
+    arrived = decode_answer(old, ask([0.1, 0.2]))
+    assert arrived.scores.tolist() == [0.5, 0.25] and arrived.components == {}
+    assert encode_answer(arrived) == old

@@ -56,6 +56,13 @@ def test_scores_are_the_same_bit_by_bit_whatever_the_reward_prints(
     assert "a line on standard output" in capfd.readouterr().out  # it is the server's
 
 
+def test_components_come_back_beside_the_scores() -> None:
+    with worker(":Detailed") as reward:
+        values = reward.score(images=IMAGES)
+        assert values["score"].equal(Brightness().score(images=IMAGES))
+        assert values["squared"].equal(values["score"].square()) and len(values) == 2
+
+
 def test_the_process_is_another_one_and_ends_with_its_reward() -> None:
     with worker(":pid") as reward:
         [number] = reward.score(images=IMAGES[:1]).tolist()

@@ -210,6 +210,18 @@ def test_a_mapping_without_a_score_is_refused() -> None:
         scored(Nameless(lambda *_: None))
 
 
+@pytest.mark.parametrize("key", ["a/b", "", "mean", "failed_calls", 3, "a\nb"])
+def test_a_component_that_could_not_be_logged_is_refused_before_the_run(key: Any) -> None:
+    class Odd(Numbered):
+        def score(self, **inputs: Any) -> dict[Any, Tensor]:
+            values = super().score(**inputs)
+            return {"score": values, key: values}
+
+    rewards = RewardSet([("mine", Odd(lambda *_: None), 1.0)])
+    with pytest.raises(RewardError, match=r"'mine' calls a component .*give it another name"):
+        rewards.probe(Prompt("p"), images=IMAGES[:2])
+
+
 def test_what_the_model_does_not_make_is_refused_before_the_run() -> None:
     class Films(Numbered):
         inputs = ("videos",)
