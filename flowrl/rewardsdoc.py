@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Sequence
 
 from rewards import NAMES
+from rewards.base import is_differentiable
 from rewards.cards import Card, cards
 from rewards.registry import find
 
@@ -20,7 +21,9 @@ Made by `python -m flowrl.rewardsdoc > docs/rewards.md` from what the classes sa
 `flowrl rewards info NAME` prints one of them with its arguments. Memory is that of the weights
 alone, in float32 and in bfloat16. "Verified" says what was compared with what: no published weights
 can be downloaded where this repository is built, so every model ran on small random weights of its
-true architecture and file format.
+true architecture and file format. "Gradient" says whether a score has one in what it reads, checked
+by `flowrl rewards test`: preprocessing that rounds to 8 bit or goes through PIL leaves none.
+Training asks for scores alone, under `no_grad`.
 """
 
 
@@ -30,10 +33,11 @@ def to_markdown() -> str:
     without = [name for name in NAMES if name not in known]
     rows = [_row(known[name]) for name in NAMES if name in known]
     models = _table(
-        ("name", "model", "licence", "reads", "range", "memory, GB", "preprocessing", "verified"),
+        ("name", "model", "licence", "reads", "range", "gradient", "memory, GB", "preprocessing",
+         "verified"),
         rows,
-    )
-    own = _table(("name", "reads", "what it is"), [_own(name) for name in without])
+    )  # fmt: skip
+    own = _table(("name", "reads", "gradient", "what it is"), [_own(name) for name in without])
     return "\n".join(
         [_HEAD, "## Reward models", "", *models, "", "## Without a model", "", *own, ""]
     )
@@ -48,6 +52,7 @@ def _row(card: Card) -> tuple[str, ...]:
         card.licence,
         ", ".join(card.inputs),
         f"{low:g} to {high:g}",
+        _gradient(card.name),
         memory,
         card.preprocessing,
         card.verified,
@@ -58,7 +63,12 @@ def _own(name: str) -> tuple[str, ...]:
     made = find(name)[0]
     summary = (inspect.getdoc(made) or "").split("\n\n")[0].replace("\n", " ")
     inputs = getattr(made, "inputs", None)
-    return f"`{name}`", ", ".join(inputs) if isinstance(inputs, tuple) else "as given", summary
+    reads = ", ".join(inputs) if isinstance(inputs, tuple) else "as given"
+    return f"`{name}`", reads, _gradient(name), summary
+
+
+def _gradient(name: str) -> str:
+    return "yes" if is_differentiable(find(name)[0]) else "–"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -25,6 +25,11 @@ class Reward(Protocol):
         scope: "sample" if a score depends on its own sample only.
         range: (low, high) of the scores, infinite where unbounded.
         higher_is_better: True; a cost is negated by its reward.
+
+    A class may also say `differentiable = True`: a score has a gradient with respect to the images,
+    videos or latents that it reads. What rounds to 8 bit, or passes through PIL or a wire, has
+    none. Training asks for scores under `torch.no_grad`, and uses no such gradient; whoever calls
+    `score` with tensors that require one gets it.
     """
 
     inputs: tuple[str, ...]
@@ -49,6 +54,11 @@ class Reward(Protocol):
 def score_of(output: Tensor | Mapping[str, Tensor]) -> Tensor:
     """The score [B] alone, of what a reward returned."""
     return output["score"] if isinstance(output, Mapping) else output
+
+
+def is_differentiable(reward: object) -> bool:
+    """Whether a reward, or its class, declares `differentiable`; see `Reward`."""
+    return bool(getattr(reward, "differentiable", False))
 
 
 class FunctionReward:

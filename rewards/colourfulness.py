@@ -41,6 +41,7 @@ class Colourfulness:
     scope = "sample"
     range = (0.0, float("inf"))
     higher_is_better = True
+    differentiable = True
     card = Card(
         name="colourfulness",
         model="none",

@@ -17,6 +17,7 @@ class Brightness:
     scope = "sample"
     range = (0.0, 1.0)
     higher_is_better = True
+    differentiable = True
 
     def score(
         self, *, images: Tensor, prompts: Sequence[str] = (), metadata: Sequence[Metadata] = ()

@@ -50,11 +50,12 @@ def make_reward(name: str, args: Sequence[str]) -> Any:
 def list_rewards() -> None:
     """Print the rewards of the table and of plug-ins, and what each reads."""
     from rewards import NAMES
+    from rewards.base import is_differentiable
     from rewards.cards import cards
     from rewards.registry import PLUGINS
 
     known = cards()
-    rows = [("name", "reads", "per", "model")]
+    rows = [("name", "reads", "per", "gradient", "model")]
     for name in NAMES:
         card = known.get(name)
         made = _class_of(name)
@@ -62,10 +63,11 @@ def list_rewards() -> None:
         # A property: it depends on the arguments.
         reads = ", ".join(inputs) if isinstance(inputs, tuple) else "as given"
         per = scope if isinstance(scope, str) else "as given"
-        rows.append((name, reads, per, card.model if card else "–"))
+        gradient = "yes" if is_differentiable(made) else "–"
+        rows.append((name, reads, per, gradient, card.model if card else "–"))
     for entry in entry_points(group=PLUGINS):
         origin = entry.dist.name if entry.dist else "a plug-in"
-        rows.append((entry.name, "", "", f"plug-in of {origin}"))
+        rows.append((entry.name, "", "", "", f"plug-in of {origin}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:  # not a table of rich's: it would cut ids to the terminal's width
         cells = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)]
@@ -78,6 +80,7 @@ def list_rewards() -> None:
 
 def show_info(name: str) -> None:
     """Print what a reward does, where its model comes from and what it can be given."""
+    from rewards.base import is_differentiable
     from rewards.cards import cards
 
     made, card = _class_of(name), cards().get(name)
@@ -100,7 +103,8 @@ def show_info(name: str) -> None:
             table.add_row(key, text)
         CONSOLE.print()
         CONSOLE.print(table)
-    CONSOLE.print(f"\narguments: {_signature(made)}")
+    gradient = "its score has one in what it reads" if is_differentiable(made) else "none declared"
+    CONSOLE.print(f"\ngradient: {gradient}\narguments: {_signature(made)}")
 
 
 def run_test(name: str, args: Sequence[str]) -> None:
@@ -109,6 +113,8 @@ def run_test(name: str, args: Sequence[str]) -> None:
     Raises:
         RewardError: a rule is broken.
     """
+    from rewards.base import is_differentiable
+
     reward = make_reward(name, args)
     try:
         check_reward(reward)
@@ -121,6 +127,7 @@ def run_test(name: str, args: Sequence[str]) -> None:
     CONSOLE.print(
         f"{name} conforms: one score per sample within {_range(reward)}, the same again, in any "
         "order, alone and among others; NaN where an image cannot be scored"
+        + ("; a gradient, of its score" if is_differentiable(reward) else "")
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,9 @@ def check_reward(
     among them. Equal inputs give equal scores; a shuffled batch gives shuffled scores; samples of
     one prompt keep scores of their own; with scope "sample" a score does not depend on the other
     samples. A sample whose image is not a number is scored NaN, and the others as before, or, with
-    scope "group", by a number still.
+    scope "group", by a number still. One that declares `differentiable` has a gradient in the
+    tensors that it reads: finite, not 0 everywhere, and of the scores, so that a step along it
+    raises their sum.
 
     Args:
         reward: the object.
@@ -82,6 +84,8 @@ def check_reward(
         require_same(score(everyone, same), alone, tolerance, what, "one by one")
     if "images" in reward.inputs:
         _check_broken_image(reward, images, prompts, scores, tolerance)
+    if getattr(reward, "differentiable", False):
+        _check_gradient(reward, _samples(images, everyone), prompts)
 
 
 def _check_broken_image(
@@ -90,6 +94,7 @@ def _check_broken_image(
     broken = images.clone()
     broken[1] = torch.nan
     available: dict[str, Any] = {
+        **_samples(images, list(range(len(images)))),
         "images": broken,
         "prompts": [prompt.text for prompt in prompts],
         "metadata": [prompt.metadata for prompt in prompts],
@@ -106,6 +111,46 @@ def _check_broken_image(
     lost = (scores.isfinite() & ~values.isfinite())[others]
     what, arrived = "the scores beside an image of NaN", f"NaN for {int(lost.sum())} more"
     require(not lost.any(), f'with scope "group" {what}', "numbers still", arrived)
+
+
+def _check_gradient(reward: Any, samples: dict[str, Any], prompts: Sequence[Prompt]) -> None:
+    read = [name for name in ("images", "videos", "latents") if name in reward.inputs]
+    inputs = ", ".join(reward.inputs)
+    require(bool(read), "the inputs of a differentiable reward", "tensors among them", inputs)
+    at = {name: samples[name].clone().requires_grad_() for name in read}
+    what = "the gradient of a differentiable reward"
+
+    def total(tensors: dict[str, Tensor]) -> Tensor:
+        available = {
+            **samples, **tensors, "prompts": [prompt.text for prompt in prompts],
+            "metadata": [prompt.metadata for prompt in prompts],
+        }  # fmt: skip
+        output = reward.score(**{name: available[name] for name in reward.inputs})
+        scores = output["score"] if isinstance(output, Mapping) else output
+        summed: Tensor = scores[scores.isfinite()].sum()
+        return summed
+
+    summed = total(at)
+    require(summed.requires_grad, "its score", "part of torch's graph", "a detached tensor")
+    found = torch.autograd.grad(summed, list(at.values()), allow_unused=True)
+    gradients = {name: each for name, each in zip(at, found, strict=True) if each is not None}
+    require(bool(gradients), what, f"one in {' or '.join(read)}", "none")
+    largest = max(float(each.abs().max()) for each in gradients.values())  # NaN stays NaN
+    is_finite = all(bool(each.isfinite().all()) for each in gradients.values())
+    require(is_finite, what, "finite", "NaN or infinity")
+    require(largest > 0, what, "not 0 everywhere", "0 everywhere")
+    before, after = float(summed.detach()), []
+    for step in (1e-2, 1e-3):  # the shorter one where the score is strongly curved
+        moved = {
+            name: at[name].detach() + step / largest * each for name, each in gradients.items()
+        }
+        pixels = {name: each.clamp(0, 1) for name, each in moved.items() if name != "latents"}
+        with torch.no_grad():
+            after.append(float(total({**at, **moved, **pixels})))
+    require(
+        max(after) > before, what, "that of its score, so that a step along it raises the sum of "
+        f"the scores, {before:g}", " and ".join(f"{each:g}" for each in after),
+    )  # fmt: skip
 
 
 def _samples(images: Tensor, order: list[int]) -> dict[str, Any]:

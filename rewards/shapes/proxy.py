@@ -121,12 +121,12 @@ class ShapesProxy:
     scope = "sample"
     range = (-float("inf"), float("inf"))
     higher_is_better = True
+    differentiable = True
 
     def __init__(self, *, folder: str | None = None, device: str = "cpu") -> None:
         self._folder = FOLDER if folder is None else Path(folder)
         self._device = device
 
-    @torch.no_grad()
     def score(self, *, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores, float32 [B], of images float [B, 3, 64, 64] in [0, 1]; NaN where not finite.
 

@@ -59,6 +59,9 @@ def test_all_rewards_are_listed() -> None:
     first = [line.split()[0] for line in printed.output.splitlines() if line.strip()]
     assert set(NAMES) <= set(first)
     assert "yuvalkirstain/PickScore_v1" in printed.output
+    rows = {line.split()[0]: line.split() for line in printed.output.splitlines() if line.strip()}
+    assert rows["brightness"] == ["brightness", "images", "sample", "yes", "–"]
+    assert rows["pickscore"][4] == "–"
 
 
 def test_the_page_of_rewards_is_what_the_cards_say() -> None:
@@ -70,7 +73,9 @@ def test_info_has_the_card_and_the_arguments() -> None:
     printed = typed("info", "pickscore").output
     for word in ("Pick-a-Pic", "yuvalkirstain/PickScore_v1", "GB in float32", "batch_size"):
         assert word in printed
-    assert "Mean intensity" in typed("info", "brightness").output
+    assert "gradient: none declared" in typed("info", "pickscore").output
+    brightness = typed("info", "brightness").output
+    assert "Mean intensity" in brightness and "gradient: its score has one" in brightness
 
 
 def test_a_name_that_is_wrong_is_refused_with_the_closest() -> None:

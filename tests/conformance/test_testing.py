@@ -676,7 +676,61 @@ class OneNaNForAll(Good):
         return super().score(images=images) + 0 * images.sum()
 
 
+class Smooth(Good):
+    """Good, and says that its score has a gradient: it has."""
+
+    differentiable = True
+
+
+class EightBit(Smooth):
+    def score(self, *, images: Tensor) -> Tensor:
+        return super().score(images=(images * 255).round() / 255)
+
+
+class WithoutAGraph(Smooth):
+    @torch.no_grad()
+    def score(self, *, images: Tensor) -> Tensor:
+        return super().score(images=images)
+
+
+class ThroughNumpy(Smooth):
+    def score(self, *, images: Tensor) -> Tensor:
+        return super().score(images=torch.from_numpy(images.detach().numpy()))
+
+
+class OfAWeightAlone(Smooth):
+    def score(self, *, images: Tensor) -> Tensor:
+        return super().score(images=images.detach()) * torch.ones((), requires_grad=True)
+
+
+class RootOfNothing(Smooth):
+    def score(self, *, images: Tensor) -> Tensor:
+        return super().score(images=images) + 0 * (images - images).sqrt().sum(dim=(1, 2, 3))
+
+
+class Downhill(Smooth):
+    """Its gradient is that of a loss."""
+
+    def score(self, *, images: Tensor) -> Tensor:
+        scores = super().score(images=images)
+        return 2 * scores.detach() - scores
+
+
+class ReadsNoTensor(Smooth):
+    inputs = ("texts",)
+
+    def score(self, *, texts: list[str]) -> Tensor:  # type: ignore[override]
+        return torch.tensor([float(text.split()[1]) for text in texts]) / 10
+
+
 REWARD = {
+    EightBit: "must be not 0 everywhere; got 0 everywhere",
+    WithoutAGraph: "must be part of torch's graph; got a detached tensor",
+    ThroughNumpy: "must be part of torch's graph",
+    OfAWeightAlone: "must be one in images; got none",
+    RootOfNothing: "must be finite; got NaN or infinity",
+    Downhill: "must be that of its score, so that a step along it raises the sum",
+    ReadsNoTensor: "must be tensors among them; got texts",
     NoRange: "none of range",
     ReadsDepth: "declares the input 'depth'",
     ScopeOfABatch: "declares the scope 'batch'",
@@ -700,6 +754,26 @@ REWARD = {
 
 def test_the_unbroken_reward_conforms() -> None:
     check_reward(Good())
+    check_reward(Smooth())
+
+
+def test_a_gradient_may_be_in_films_or_latents_or_in_one_of_two_inputs() -> None:
+    class Films(Smooth):
+        inputs = ("videos", "prompts")
+
+        def score(self, *, videos: Tensor, prompts: list[str]) -> Tensor:  # type: ignore[override]
+            lengths = torch.tensor([float(len(prompt)) for prompt in prompts])
+            return videos.mean(dim=(1, 2, 3, 4)) * lengths / 100
+
+    class Latents(Smooth):
+        inputs = ("images", "latents")
+
+        def score(self, *, images: Tensor, latents: Tensor) -> Any:  # type: ignore[override]
+            scores = latents.mean(dim=(1, 2, 3)) + 0 * images.detach().mean(dim=(1, 2, 3))
+            return {"score": scores, "again": scores.detach()}
+
+    for cls in (Films, Latents):
+        check_reward(cls())
 
 
 @pytest.mark.parametrize(("cls", "message"), REWARD.items(), ids=lambda each: str(each)[:40])
