@@ -1,10 +1,9 @@
 """What goes wrong between a run and its reward server, injected, and what must happen then.
 
-`FAULTS` is the table: each row is injected for real, on sockets and processes, by the function in
-its last column, which also asserts what the row promises. `python -m
-tests.reward_server.test_faults` prints it for the documentation. Kills, among others: a retry
-without a bound; a retry that scores twice; a wrong answer taken for the right one; a 4xx that is
-retried; a failure that turns into a score of 0.
+`FAULTS` is the server's table in docs/faults.md: each row is injected for real, on sockets and
+processes, by the function in its last column, which also asserts what the row promises. Kills,
+among others: a retry without a bound; a retry that scores twice; a wrong answer taken for the right
+one; a 4xx that is retried; a failure that turns into a score of 0.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import signal
 import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,12 +22,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowrl.train.attempts import Patience
+from flowrl.train.scoring import RewardSet
+from flowrl.types import Prompt, PromptBatch, Scores
 from rewards.serving import balance
 from rewards.serving.balance import RemoteError, RemoteFailed, RemoteRefused
 from rewards.serving.calls import Served, declare
 from rewards.serving.client import RemoteReward
 from rewards.serving.worker import start_worker
 from rewards.simple import Brightness
+from tests.fault_table import Fault
 from tests.reward_server import proxy
 from tests.reward_server.kit import (
     PATIENT_S,
@@ -53,6 +55,21 @@ def remote(*urls: str, **args: Any) -> RemoteReward:
 
 def assert_same(scores: Tensor) -> None:
     assert scores.equal(Brightness().score(images=IMAGES))
+
+
+def trained_on(reward: Any, images: Tensor = IMAGES) -> Scores:
+    """What a run makes of its answers."""
+    number = torch.arange(len(images))
+    batch = PromptBatch((Prompt("p"),) * len(images), *[number] * 4, seed=0)
+    return RewardSet([("r", reward, 1.0)], patience=Patience(retries=0)).score(batch, images=images)
+
+
+def assert_lost(scores: Scores, *lost: int, images: Tensor = IMAGES) -> None:
+    """Exactly these samples are masked; the others have their own scores."""
+    is_lost = torch.isin(torch.arange(len(images)), torch.tensor(lost))
+    assert scores.valid.tolist() == (~is_lost).tolist()
+    assert scores.rewards["r"][is_lost].isnan().all()
+    assert scores.rewards["r"][~is_lost].equal(Brightness().score(images=images)[~is_lost])
 
 
 def unused_port() -> int:
@@ -87,6 +104,7 @@ def gives_up(spoil: proxy.Spoil, reason: str) -> None:
         text = str(caught.value)
         assert text.startswith(f"{between.url}: reward 'bright': no sound answer after 3 tries in")
         assert reason in text
+        assert_lost(trained_on(remote(between.url, retries=2)), 0, 1, 2, 3, 4)
 
 
 def is_refused(spoil: proxy.Spoil, reason: str) -> None:
@@ -98,12 +116,15 @@ def is_refused(spoil: proxy.Spoil, reason: str) -> None:
         with pytest.raises(RemoteRefused, match=reason):
             remote(between.url).score(images=IMAGES)
         assert between.num_asked == 1
+        assert_lost(trained_on(remote(between.url)), 0, 1, 2, 3, 4)
 
 
 def nobody_listens() -> None:
     url = f"http://127.0.0.1:{unused_port()}"
     with pytest.raises(RemoteError, match=rf"{url}: .* after 5 tries .*ConnectError"):
         remote(url).score(images=IMAGES)
+    with pytest.raises(RemoteError):
+        RewardSet([("r", remote(url), 1.0)])  # a run does not begin
 
 
 def one_of_two_is_dead() -> None:
@@ -163,6 +184,21 @@ def is_poisoned() -> None:
         ):
             client.score(images=images)
         assert_same(client.score(images=IMAGES))
+        assert_lost(trained_on(client, images), 5, images=images)
+
+
+def does_not_fit() -> None:
+    class Small(Recorded):
+        def score(self, **inputs: Any) -> Tensor:
+            if len(inputs["images"]) > 2:
+                raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+            return super().score(**inputs)
+
+    with serving(served("bright", Small())) as server:
+        client = remote(server.url, retries=0)
+        with pytest.raises(RemoteFailed, match="raised OutOfMemoryError: tried to allocate"):
+            client.score(images=IMAGES)
+        assert_lost(trained_on(client))
 
 
 def cannot_score() -> None:
@@ -227,6 +263,8 @@ def token_is_missing() -> None:
             RemoteRefused, match=r"status 401: .*token_env must name an environment"
         ):
             remote(server.url).score(images=IMAGES)
+        with pytest.raises(RemoteRefused):
+            RewardSet([("r", remote(server.url), 1.0)])  # a run does not begin
         os.environ["FLOWRL_TEST_TOKEN"] = "s3cret"
         try:
             assert_same(remote(server.url, token_env="FLOWRL_TEST_TOKEN").score(images=IMAGES))
@@ -236,102 +274,68 @@ def token_is_missing() -> None:
             remote(server.url, token_env="FLOWRL_TEST_TOKEN")
 
 
-@dataclass(frozen=True)
-class Fault:
-    """A row of the table.
-
-    Attributes:
-        name: of the fault.
-        injected: how it is brought about.
-        expected: what must happen.
-        check: brings it about and asserts that.
-    """
-
-    name: str
-    injected: str
-    expected: str
-    check: Callable[[], None]
-
-
 AGAIN = "asked again under the same id: the same scores, made once"
 GIVES_UP = "after the allowed tries an error with the server, the tries and the last reason"
+NONE, CALL = "no sample", "all of the call: none could be scored"
+NOT_BEGUN = "no sample: a run does not begin"
+SPOILT: tuple[tuple[str, str, proxy.Spoil], ...] = (
+    ("HTTP 500", "two answers replaced by a 500", proxy.status(500)),
+    ("HTTP 503", "two answers replaced by a 503", proxy.status(503)),
+    ("too many requests", "two answers replaced by a 429", proxy.status(429)),
+    ("lost answer", "the connection is reset after the server has scored", proxy.dropped),
+    ("half a response", "reset after half of the stated bytes", proxy.half_sent),
+    ("cut body", "the last two bytes are missing, and stated so", proxy.cut_off),
+    ("foreign answer", "200 with the HTML page of somebody else", proxy.not_an_answer),
+    ("wrong order", "sample ids and scores reversed", proxy.reordered),
+    ("wrong length", "the last sample is left out", proxy.too_short),
+    ("too few scores", "all ids, one score less", proxy.too_few_scores),
+    ("wrong component", "a component with one value less", proxy.too_few_of_a_component),
+    ("another request's answer", "sound, under another request id", proxy.another_request),
+    ("wrong dtype", "scores as float64", proxy.doubles),
+)
 FAULTS = (
-    Fault("HTTP 500", "two answers replaced by a 500", AGAIN,
-          partial(is_asked_again, proxy.status(500))),
-    Fault("HTTP 503", "two answers replaced by a 503", AGAIN,
-          partial(is_asked_again, proxy.status(503))),
-    Fault("too many requests", "two answers replaced by a 429", AGAIN,
-          partial(is_asked_again, proxy.status(429))),
-    Fault("lost answer", "the connection is reset after the server has scored", AGAIN,
-          partial(is_asked_again, proxy.dropped)),
-    Fault("half a response", "reset after half of the stated bytes", AGAIN,
-          partial(is_asked_again, proxy.half_sent)),
-    Fault("cut body", "the last two bytes are missing, and stated so", AGAIN,
-          partial(is_asked_again, proxy.cut_off)),
-    Fault("foreign answer", "200 with the HTML page of somebody else", AGAIN,
-          partial(is_asked_again, proxy.not_an_answer)),
-    Fault("wrong order", "sample ids and scores reversed", AGAIN,
-          partial(is_asked_again, proxy.reordered)),
-    Fault("wrong length", "the last sample is left out", AGAIN,
-          partial(is_asked_again, proxy.too_short)),
-    Fault("too few scores", "all ids, one score less", AGAIN,
-          partial(is_asked_again, proxy.too_few_scores)),
-    Fault("another request's answer", "sound, under another request id", AGAIN,
-          partial(is_asked_again, proxy.another_request)),
-    Fault("wrong dtype", "scores as float64", AGAIN, partial(is_asked_again, proxy.doubles)),
-    Fault("slow server", "two answers never come", "asked again when the time of a try is up",
+    *(Fault(name, injected, AGAIN, NONE, partial(is_asked_again, spoil))
+      for name, injected, spoil in SPOILT),
+    Fault("slow server", "two answers never come", "asked again when the time of a try is up", NONE,
           partial(is_asked_again, proxy.silent, timeout_s=3.0)),
-    Fault("HTTP 500 for good", "every answer is a 500", GIVES_UP,
+    Fault("HTTP 500 for good", "every answer is a 500", GIVES_UP, CALL,
           partial(gives_up, proxy.status(500), "status 500: injected")),
-    Fault("wrong order for good", "every answer is reversed", GIVES_UP,
+    Fault("wrong order for good", "every answer is reversed", GIVES_UP, CALL,
           partial(gives_up, proxy.reordered, "sample_ids must be those of the request")),
-    Fault("bad request", "a 400", "an error at the first try",
+    Fault("bad request", "a 400", "an error at the first try", CALL,
           partial(is_refused, proxy.status(400), "status 400: injected")),
-    Fault("redirect", "a 302", "an error at the first try; nothing is sent elsewhere",
+    Fault("redirect", "a 302", "an error at the first try; nothing is sent elsewhere", CALL,
           partial(is_refused, proxy.status(302), "status 302")),
     Fault("another reward", "the answer has the fingerprint of other arguments",
-          "an error at the first try: the run would mix two rewards",
+          "an error at the first try: the run would mix two rewards", CALL,
           partial(is_refused, proxy.another_reward, "give all servers the same config")),
-    Fault("dead server", "nobody listens on the port", GIVES_UP, nobody_listens),
+    Fault("dead server", "nobody listens on the port", GIVES_UP, NOT_BEGUN, nobody_listens),
     Fault("one of two servers dead", "nobody listens on one of two ports",
-          "the other one scores everything", one_of_two_is_dead),
+          "the other one scores everything", NONE, one_of_two_is_dead),
     Fault("one of two servers dies", "one of two is stopped between two batches",
-          "the other one scores everything", one_of_two_dies),
+          "the other one scores everything", NONE, one_of_two_dies),
     Fault("server dies and comes back", "stopped, missed three times, started on the same port",
-          "the batch that was under way gets its scores", dies_and_comes_back),
+          "the batch that was under way gets its scores", NONE, dies_and_comes_back),
     Fault("poisoned sample", "the reward raises at one image",
-          "an error with the reward's own words; the server scores what comes after", is_poisoned),
+          "an error with the reward's own words; the run asks in halves", "that sample",
+          is_poisoned),
+    Fault("server out of memory", "the reward does not fit with more than two samples",
+          "an error with the reward's own words; the run asks in halves", NONE, does_not_fit),
     Fault("sample that cannot be scored", "an image of NaN", "NaN for it, scores for the others",
-          cannot_score),
+          "that sample", cannot_score),
     Fault("killed process", "SIGKILL to a reward's own process between two requests",
-          "started anew; the request is answered at the first try", worker_is_killed),
-    Fault("process dies of a sample", "the reward calls _exit at one image",
-          "an error with its exit code after two deaths; then it scores again",
+          "started anew; the request is answered at the first try", NONE, worker_is_killed),
+    Fault("process dies of a sample", "the reward calls _exit at one image, alone in its request",
+          "an error with its exit code after two deaths; then it scores again", "that sample",
           worker_dies_of_a_sample),
-    Fault("process hangs", "the reward never returns",
-          "ended at its time limit, an error for its request; then it scores again", worker_hangs),
+    Fault("process hangs", "the reward never returns for one image, alone in its request",
+          "ended at its time limit, an error for its request; then it scores again", "that sample",
+          worker_hangs),
     Fault("token missing", "a server with a token, a client without",
-          "an error at the first try that names token_env", token_is_missing),
+          "an error at the first try that names token_env", NOT_BEGUN, token_is_missing),
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_what_goes_wrong_costs_no_sample_or_stops_with_a_reason(fault: Fault) -> None:
     fault.check()
-
-
-def markdown() -> str:
-    """The table, for the documentation."""
-    rows = [f"| {each.name} | {each.injected} | {each.expected} |" for each in FAULTS]
-    return "\n".join(
-        ["| fault | how it is injected | what happens |", "| --- | --- | --- |", *rows]
-    )
-
-
-def test_the_table_in_the_documentation_is_this_one() -> None:
-    page = Path(__file__).resolve().parents[2] / "docs" / "reward_server.md"
-    assert page.read_text().endswith(f"\n{markdown()}\n"), "print it anew with this module"
-
-
-if __name__ == "__main__":
-    print(markdown())

@@ -362,3 +362,9 @@ def test_an_answer_of_before_there_were_components_is_read() -> None:
     arrived = decode_answer(old, ask([0.1, 0.2]))
     assert arrived.scores.tolist() == [0.5, 0.25] and arrived.components == {}
     assert encode_answer(arrived) == old
+
+
+def test_a_score_can_be_its_own_component() -> None:
+    scores = torch.tensor([0.25, float("nan")])
+    arrived = decode_answer(answer(scores=scores, components={"a": scores}), ask([0.1, 0.2]))
+    assert bits(arrived.components["a"]) == bits(arrived.scores) == bits(scores)
