@@ -135,6 +135,7 @@ def test_a_monitor_is_measured_but_neither_weighs_nor_invalidates() -> None:
     )
     assert scores.rewards["m"].isnan().all()
     assert scores.weights == {"a": 2.0}
+    assert scores.trained.keys() == {"a"} and scores.trained["a"] is scores.rewards["a"]
     assert scores.valid.all()
 
 

@@ -131,7 +131,12 @@ def test_dotted_path_and_function(batch, reward_file):
     ("name", "args", "error", "message"),
     [
         ("shapes_strikt", {}, LookupError, "did you mean 'shapes_strict'.*brightness"),
-        ("nothing.like.this:Name", {}, LookupError, "there is no module 'nothing'"),
+        (
+            "nothing.like.this:Name",
+            {},
+            LookupError,
+            "reward 'nothing.like.this:Name': there is no module 'nothing'",
+        ),
         ("rewards.simple:Brightnes", {}, LookupError, "did you mean 'Brightness'"),
         ("./absent.py:score", {}, LookupError, "there is no file .*absent.py"),
         ("{file}:longst", {}, LookupError, "did you mean 'longest'"),
