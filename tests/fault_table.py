@@ -14,8 +14,9 @@ _HEAD = """\
 
 Made by `python -m tests.fault_table > docs/faults.md` from the tables that the tests run: {num}
 faults, each injected for real, none of our own code replaced. Every row asserts that **no sample
-was trained on a wrong number and none was lost that could be scored**: the samples in the last
-column have no score and are masked, all others have exactly their own. Where a run stops, it stops
+has a wrong number and none was lost that could be scored**: the samples in the last column have no
+score and are masked, all others have exactly their own (the server's rows assert it of what the
+client returns, which is what the trainer reads). Where a run stops, it stops
 before it trains on the step. (A masked sample gets no gradient: `tests/training/test_failures.py`.)
 
 "Asked again" is up to `scoring.retries` times, each after a longer pause; "in halves" tries the

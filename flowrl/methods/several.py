@@ -81,7 +81,11 @@ def blaming_rewards(
 def _sums(
     scores: Scores, group_id: Tensor, normalize: Normalize, clip: float
 ) -> tuple[Tensor, Tensor]:
-    rewards = {name: scores.rewards[name] for name in scores.weights}
     return signed_sums(
-        rewards, group_id, scores.valid, weights=scores.weights, normalize=normalize, limit=clip
+        scores.trained,
+        group_id,
+        scores.valid,
+        weights=scores.weights,
+        normalize=normalize,
+        limit=clip,
     )
