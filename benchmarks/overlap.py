@@ -4,6 +4,11 @@
 long as the rollout and none of this machine's cores, as a served one does. One run without overlap,
 and one for every number of parts, in one process; medians of the steps after the first two.
 Against the rollout in one piece: small parts hide more and cost more.
+
+Measured on two cores with `data.num_groups=96` (576 images a step): 1.15 times max(rollout, reward)
++ train in 6 parts, 1.06 in 12. With the quick start's 144 images: 1.38, 1.29, 1.24 and 1.27 in 2,
+3, 4 and 6 parts, 0.73 to 0.66 of the step without overlap. With 288 images on one thread, beside
+another job: 1.26 in 4 and in 8 parts.
 """
 
 from __future__ import annotations
