@@ -1,0 +1,143 @@
+"""Finds a tokenizer by name, makes it, saves it, and loads it from the Hub or a folder.
+
+A saved tokenizer is `config.json` (its name and numbers) and `model.safetensors`. Loading is
+strict: huggingface_hub's mixin would leave missing weights at random values without a word.
+Errors are plain LookupError, ValueError and FileNotFoundError with the closest match and the list.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import json
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, cast
+
+from tokenizers_vis.tokenizer import VisualTokenizer
+
+# name -> module:class
+TOKENIZERS = {
+    "grid": "tokenizers_vis.grid:GridTokenizer",
+    "flextok": "tokenizers_vis.flextok:FlexTok",
+}
+PLUGINS = "flowrl.tokenizers"  # the entry-point group in which other distributions register theirs
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def tokenizer_class(name: str) -> type[VisualTokenizer]:
+    """The class of a name: ours, a plug-in's, or "package.module:Class".
+
+    Raises:
+        LookupError: there is none.
+    """
+    plugins = {point.name: point.value for point in entry_points(group=PLUGINS)}
+    target = TOKENIZERS.get(name) or plugins.get(name) or (name if ":" in name else None)
+    if target is None:
+        known = [*TOKENIZERS, *sorted(plugins)]
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean '{close[0]}'? " if close else ""
+        raise LookupError(f"there is no tokenizer '{name}'; {hint}(one of: {', '.join(known)})")
+    module, _, attribute = target.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise LookupError(f"tokenizer '{name}': {error}") from error
+    if not (isinstance(found, type) and issubclass(found, VisualTokenizer)):
+        raise LookupError(f"tokenizer '{name}': {target} is no VisualTokenizer")
+    return found
+
+
+def make_tokenizer(name: str, args: Mapping[str, Any] | None = None) -> VisualTokenizer:
+    """The tokenizer of a name, with random weights.
+
+    Args:
+        name: as `tokenizer_class`.
+        args: of its `Config`; lists stand for tuples.
+
+    Raises:
+        LookupError: there is no such tokenizer.
+        ValueError: an argument that does not exist or does not fit.
+    """
+    found: Any = tokenizer_class(name)
+    return cast(VisualTokenizer, found(read_config(found.Config, args or {}, where=name)))
+
+
+def read_config(config: type[Any], args: Mapping[str, Any], *, where: str) -> Any:
+    """A frozen record made of plain data, strictly.
+
+    Raises:
+        ValueError: an argument that does not exist, with the closest, or of another type.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    known = [each.name for each in dataclasses.fields(config)]
+    for key in args:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean '{close[0]}'? " if close else ""
+            raise ValueError(f"{where} has no argument '{key}'; {hint}(one of: {', '.join(known)})")
+    try:
+        return TypeAdapter(config).validate_python(dict(args))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{where}: {key}: {first['msg']}, got {first['input']!r}") from error
+
+
+def save_pretrained(tokenizer: VisualTokenizer, folder: Path | str) -> None:
+    """Writes `config.json` and `model.safetensors` into a folder, which is made if need be."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = {"tokenizer": tokenizer.name, "args": tokenizer.config_dict()}
+    (folder / CONFIG).write_text(json.dumps(stored, indent=2) + "\n")
+    state = {key: value.detach().cpu().clone() for key, value in tokenizer.state_dict().items()}
+    save_file(state, folder / WEIGHTS)
+
+
+def load_pretrained(source: Path | str, *, revision: str | None = None) -> VisualTokenizer:
+    """The tokenizer of a folder or of a Hub id, in evaluation mode, on the CPU.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: weights that do not fit the configuration.
+    """
+    from safetensors.torch import load_file
+
+    folder = _folder_of(source, revision)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{source}: {name} is missing; a tokenizer has both files")
+    stored = json.loads((folder / CONFIG).read_text())
+    if not isinstance(stored, dict) or "tokenizer" not in stored:
+        raise ValueError(f"{folder / CONFIG} does not name a tokenizer; was flowrl's written here?")
+    tokenizer = make_tokenizer(stored["tokenizer"], stored.get("args", {}))
+    given, wanted = load_file(folder / WEIGHTS), dict(tokenizer.state_dict())
+    problems = [f"{key} is missing" for key in sorted(wanted.keys() - given.keys())]
+    problems += [f"{key} is unknown" for key in sorted(given.keys() - wanted.keys())]
+    problems += [
+        f"{key} is {list(given[key].shape)}, expected {list(wanted[key].shape)}"
+        for key in sorted(wanted.keys() & given.keys())
+        if given[key].shape != wanted[key].shape
+    ]
+    if problems:
+        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"{folder / WEIGHTS} does not fit: {'; '.join(problems[:5])}{more}")
+    tokenizer.load_state_dict(given)
+    return tokenizer.eval()
+
+
+def _folder_of(source: Path | str, revision: str | None) -> Path:
+    """The local folder of a source, downloaded if it is a Hub id."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
+        raise FileNotFoundError(f"{source}: there is no such folder, and it is no Hub id")
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(source), revision=revision, allow_patterns=[CONFIG, WEIGHTS]))

@@ -1,0 +1,278 @@
+"""The interface of every tokenizer, and how one is saved and loaded.
+
+A tokenizer encodes images to tokens, decodes tokens to images, and returns named, weighted losses
+for its training. `encode` is a pure function unless `sample` is asked for; whatever draws numbers
+takes a generator. Reading order: `VisualTokenizer`, `TokenizerOutput`, `Solver`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tokenizers_vis.quantizers.base import LossTerm
+from tokenizers_vis.tokens import Codebook, TokenLayout, Tokens
+from tokenizers_vis.usage import usage
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How a generative decoder samples.
+
+    Attributes:
+        num_steps: evaluations of its network (twice that with guidance).
+        guidance_scale: uncond + scale * (cond - uncond); 1.0 = off.
+    """
+
+    num_steps: int = 20
+    guidance_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ValueError(f"a decoder needs at least 1 step, got {self.num_steps}")
+
+
+@dataclass(frozen=True)
+class TokenizerOutput:
+    """What a training forward gives.
+
+    Attributes:
+        tokens: with gradient; the mask says what was kept.
+        losses: name -> weight and scalar.
+        reconstruction: [B, 3, H, W] (or clips) in about [0, 1], with gradient; None where the
+            decoder is generative and its loss needs no sample.
+        metrics: name -> scalar, detached.
+    """
+
+    tokens: Tokens
+    losses: dict[str, LossTerm]
+    reconstruction: Tensor | None = None
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> Tensor:
+        """The weighted sum: the one place where weights are applied."""
+        return torch.stack([term.weighted for term in self.losses.values()]).sum()
+
+    def with_losses(self, losses: dict[str, LossTerm]) -> TokenizerOutput:
+        """With further terms.
+
+        Raises:
+            ValueError: a name is there already.
+        """
+        if twice := self.losses.keys() & losses.keys():
+            raise ValueError(f"two losses are called {sorted(twice)}")
+        return replace(self, losses={**self.losses, **losses})
+
+
+class VisualTokenizer(nn.Module, ABC):
+    """Base of all tokenizers. A tokenizer has a frozen record of its numbers, `Config`.
+
+    Args:
+        config: of the tokenizer.
+        layout: of all its tokens.
+        codebooks: what a token of a segment can be.
+        token_counts: the numbers of tokens that it can keep, ascending; the last is all.
+        sample_shape: of one image (3, H, W), or of one clip (F, 3, H, W). Tokenizers that take
+            other sizes, too, say so in `accepts`.
+        is_generative: whether `decode` samples, and so takes a `Solver` and a generator.
+    """
+
+    Config: ClassVar[type[Any]]
+    name: ClassVar[str]
+    is_decodable: ClassVar[bool] = True  # False: its tokens are for a language model to read
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        layout: TokenLayout,
+        codebooks: Sequence[Codebook],
+        token_counts: Sequence[int] | None = None,
+        sample_shape: Sequence[int],
+        is_generative: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.layout = layout
+        self.codebooks = tuple(codebooks)
+        self.token_counts = tuple(token_counts or (layout.num_tokens,))
+        self.sample_shape = tuple(sample_shape)
+        self.is_generative = is_generative
+
+    # ------------------------------------------------------------------ what a tokenizer writes
+
+    @abstractmethod
+    def _encode(
+        self, images: Tensor, num_tokens: int, *, sample: bool, generator: torch.Generator | None
+    ) -> Tokens:
+        """The tokens of checked images in [0, 1]; at least the first `num_tokens` of them."""
+
+    @abstractmethod
+    def _decode(
+        self, tokens: Tokens, *, solver: Solver | None, generator: torch.Generator | None
+    ) -> Tensor:
+        """Images in about [0, 1]; must not look at what lies beyond the mask."""
+
+    @abstractmethod
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings [B, L, C] of ids, equal to those that `encode` gave with them."""
+
+    @abstractmethod
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        progress: float = 0.0,
+        num_tokens: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> TokenizerOutput:
+        """One training forward.
+
+        Args:
+            images: as `encode`'s.
+            progress: of the training, in [0, 1]; carries every schedule.
+            num_tokens: int64 [B], tokens that each image keeps; None = all.
+            generator: of everything that is drawn.
+        """
+
+    # ------------------------------------------------------------------ what a user calls
+
+    def encode(
+        self,
+        images: Tensor,
+        num_tokens: int | None = None,
+        *,
+        sample: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tokens:
+        """The tokens of images; gradients reach the encoder unless they are off.
+
+        Args:
+            images: float [B, *sample_shape] in [0, 1].
+            num_tokens: of `token_counts`; None = all.
+            sample: draw where the choice of a code is stochastic; else the likeliest code.
+            generator: of the draws.
+
+        Raises:
+            ValueError: images of another shape, or a number of tokens that it cannot keep.
+        """
+        self.check_samples(images)
+        chosen = self.token_counts[-1] if num_tokens is None else num_tokens
+        if chosen not in self.token_counts:
+            raise ValueError(
+                f"{self.name} keeps {_listed(self.token_counts)} tokens, not {num_tokens}"
+            )
+        return self._encode(images, chosen, sample=sample, generator=generator).keep(chosen)
+
+    def decode(
+        self,
+        tokens: Tokens,
+        *,
+        solver: Solver | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Images float [B, *sample_shape] in [0, 1].
+
+        Args:
+            tokens: of this tokenizer.
+            solver: of a generative decoder; None = its own default.
+            generator: of a generative decoder's noise; None = a fixed seed.
+
+        Raises:
+            ValueError: a solver for a decoder that does not sample.
+        """
+        if solver is not None and not self.is_generative:
+            raise ValueError(f"{self.name} decodes in one forward; it takes no solver")
+        return self._decode(tokens, solver=solver, generator=generator).clamp(0, 1)
+
+    def tokens_from_ids(self, ids: Tensor, length: Tensor | None = None) -> Tokens:
+        """Tokens of ids that a model made.
+
+        Args:
+            ids: int64 [B, L] or [B, L, G]; fewer than all positions: the others are masked.
+            length: int64 [B], how many of them count; None = all that are given.
+
+        Raises:
+            ValueError: ids of another shape, or outside the codebook.
+        """
+        codebook = self.codebooks[0]
+        expected = 3 if codebook.groups > 1 else 2
+        total = self.layout.num_tokens
+        if ids.dtype != torch.int64 or ids.ndim != expected or ids.shape[1] > total:
+            shape = ["B", f"<= {total}", codebook.groups][:expected]
+            raise ValueError(f"expected int64 ids {shape}, got {ids.dtype} {list(ids.shape)}")
+        self._check_range(ids)
+        given = ids.shape[1]
+        padding = (0, total - given) if expected == 2 else (0, 0, 0, total - given)
+        padded = nn.functional.pad(ids, padding)
+        position = torch.arange(total, device=ids.device)
+        kept = torch.full((len(ids),), given, device=ids.device) if length is None else length
+        mask = position < kept.clamp(max=given)[:, None]
+        return Tokens(self.embed(padded), mask, self.layout, padded)
+
+    def usage(self, ids: Tensor, mask: Tensor | None = None) -> dict[str, float]:
+        """How the codes are used: see `usage.usage`. By segment where codebooks differ."""
+        if len(self.codebooks) == 1:
+            return usage(ids, self.codebooks[0], mask)
+        found = {}
+        for number, segment in enumerate(self.layout.segments):
+            part = self.layout.slice_of(number)
+            cut = None if mask is None else mask[:, part]
+            each = usage(ids[:, part], self.codebooks[segment.codebook], cut)
+            found |= {f"{segment.name}/{key}": value for key, value in each.items()}
+        return found
+
+    @property
+    def bits(self) -> float:
+        """Of all tokens of an image; infinite where they are continuous."""
+        return self.bits_of(self.layout.num_tokens)
+
+    def bits_of(self, num_tokens: int) -> float:
+        """Of the first tokens of an image."""
+        codebooks = [
+            self.codebooks[segment.codebook].bits
+            for segment in self.layout.segments
+            for _ in range(segment.num_tokens)
+        ]
+        return math.fsum(codebooks[:num_tokens])
+
+    def check_samples(self, images: Tensor) -> None:
+        """Raises ValueError unless these are samples that the tokenizer takes."""
+        if not images.is_floating_point() or not self.accepts(tuple(images.shape[1:])):
+            raise ValueError(
+                f"{self.name} takes float images [B, {', '.join(map(str, self.sample_shape))}] in "
+                f"[0, 1], got {images.dtype} {list(images.shape)}"
+            )
+
+    def accepts(self, shape: tuple[int, ...]) -> bool:
+        """Whether it takes samples of this shape."""
+        return shape == self.sample_shape
+
+    def config_dict(self) -> dict[str, Any]:
+        """The numbers of the tokenizer as plain data."""
+        return asdict(self.config)
+
+    def _check_range(self, ids: Tensor) -> None:
+        for number, segment in enumerate(self.layout.segments):
+            vocab = self.codebooks[segment.codebook].vocab
+            part = ids[:, self.layout.slice_of(number)]
+            if vocab is None:
+                raise ValueError(f"{self.name} has continuous tokens: they have no ids")
+            if part.numel() and not 0 <= int(part.min()) <= int(part.max()) < vocab:
+                raise ValueError(
+                    f"ids of '{segment.name}' must lie in [0, {vocab}), got "
+                    f"{int(part.min())} to {int(part.max())}"
+                )
+
+
+def _listed(counts: Sequence[int]) -> str:
+    if len(counts) > 8 and list(counts) == list(range(counts[0], counts[-1] + 1)):
+        return f"{counts[0]} to {counts[-1]}"
+    return ", ".join(map(str, counts[:-1])) + (" or " if counts[:-1] else "") + str(counts[-1])
