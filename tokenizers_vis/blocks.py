@@ -38,6 +38,17 @@ class KVCache:
             self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
 
 
+class HeadNorm(nn.Module):
+    """RMSNorm in the dtype of its input (torch's own falls back where autocast made them differ)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), 1e-6)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with normalised queries and keys.
 
@@ -53,8 +64,8 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim)
-        self.query_norm = nn.RMSNorm(dim // num_heads, eps=1e-6)
-        self.key_norm = nn.RMSNorm(dim // num_heads, eps=1e-6)
+        self.query_norm = HeadNorm(dim // num_heads)
+        self.key_norm = HeadNorm(dim // num_heads)
 
     def forward(
         self,
