@@ -39,7 +39,7 @@ class KVCache:
 
 
 class HeadNorm(nn.Module):
-    """RMSNorm in the dtype of its input (torch's own falls back where autocast made them differ)."""
+    """RMSNorm in its input's dtype; torch's own is slow where autocast made the two differ."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()

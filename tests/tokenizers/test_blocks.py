@@ -68,9 +68,7 @@ def test_a_cache_gives_what_a_whole_forward_gives():
     cache, steps = transformer.new_cache(), []
     for i in range(4):
         here = slice(i, i + 1)
-        steps.append(
-            transformer(x[:, here], coords=coords[here], condition=condition, cache=cache)
-        )
+        steps.append(transformer(x[:, here], coords=coords[here], condition=condition, cache=cache))
     torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-6, rtol=1e-5)
     for layer in cache:
         layer.crop(2)

@@ -1,0 +1,76 @@
+"""Making, saving and loading: what a user may get wrong is named."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.tokenizers.test_contract import tiny
+from tokenizers_vis.registry import load_pretrained, make_tokenizer, save_pretrained
+
+
+def test_a_mistyped_name_gets_the_closest():
+    with pytest.raises(LookupError, match="did you mean 'flextok'"):
+        make_tokenizer("flextoc")
+    with pytest.raises(LookupError, match="no VisualTokenizer"):
+        make_tokenizer("json:JSONDecoder")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"quantiser": "vq"}, "no argument 'quantiser'; did you mean 'quantizer'"),
+        ({"vocab": "many"}, "grid: vocab: "),
+        ({"quantizer": "pq"}, "quantizer: .*'vq'"),
+        ({"image_size": 20}, r"does not divide by 2\^3"),
+        ({"quantizer": "lfq", "num_bits": 32, "group_bits": 16}, "groups of 1 to 12 bits"),
+    ],
+)
+def test_arguments_are_strict(args, message):
+    with pytest.raises(ValueError, match=message):
+        make_tokenizer("grid", args)
+
+
+def test_lists_of_a_file_stand_for_tuples():
+    assert make_tokenizer("grid", {"channels": [8, 16], "image_size": 16}).config.channels == (
+        8,
+        16,
+    )
+
+
+def test_a_folder_holds_a_readable_config_and_all_weights(tmp_path):
+    tokenizer = tiny("grid vq")
+    save_pretrained(tokenizer, tmp_path / "a")
+    stored = json.loads((tmp_path / "a/config.json").read_text())
+    assert stored["tokenizer"] == "grid" and stored["args"]["vocab"] == 32
+    assert load_file(tmp_path / "a/model.safetensors").keys() == tokenizer.state_dict().keys()
+    loaded = load_pretrained(tmp_path / "a")
+    assert not loaded.training
+    for name, value in tokenizer.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    """Mutation: `strict=False`."""
+    save_pretrained(tiny("grid vq"), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    first = next(iter(weights))
+    missing = {key: value for key, value in weights.items() if key != first}
+    save_file(missing | {"extra": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{first} is missing; extra is unknown"):
+        load_pretrained(tmp_path)
+    save_file(weights | {first: torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"{first} is \[1\], expected"):
+        load_pretrained(tmp_path)
+
+
+def test_what_is_no_tokenizer_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load_pretrained("./nowhere")
+    with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
+        load_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="does not name a tokenizer"):
+        load_pretrained(tmp_path)
