@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,9 @@ class FlexTokConfig:
         encoder_depth, decoder_depth: blocks [12 or 18; 12, 18 or 28].
         is_causal: a register sees those before it, not those after.
         null_rate: share of training images whose registers are hidden altogether, for guidance.
+        sigma_mean: noise levels in training are sigmoid(N(sigma_mean, 1)) [0].
+        compare: "velocity" [the paper's loss], or "clean": the error of the clean image, which
+            leaves small noise, where tokens are not needed, less weight.
         min_sigma: the predicted clean image is divided by no less than this to be a velocity.
     """
 
@@ -58,6 +61,8 @@ class FlexTokConfig:
     decoder_depth: int = 5
     is_causal: bool = True
     null_rate: float = 0.1
+    sigma_mean: float = 0.0
+    compare: Literal["velocity", "clean"] = "velocity"
     min_sigma: float = 0.05
     solver: Solver = field(default_factory=Solver)
 
@@ -68,7 +73,9 @@ class FlexTok(VisualTokenizer):
     Differs from the published model: the decoder predicts the clean image and is compared as a
     velocity (a patch of 192 pixels through a narrow network cannot carry the noise that a velocity
     has; measured with width 96: with velocities the error is that of no tokens at all); rotary
-    places; no muP. REPA, which needs DINOv2's weights, is left to the add-on `distill`.
+    and learned places; no muP. REPA, which needs DINOv2's weights, is left to the add-on `distill`.
+    A small model learns to look at its tokens several times sooner with compare="clean" and
+    sigma_mean=1 (32 x 32 Shapes, 600 steps: error with all tokens 0.022 against 0.035).
     """
 
     Config = FlexTokConfig
@@ -103,10 +110,12 @@ class FlexTok(VisualTokenizer):
         self.register_buffer("encoder_mask", mask, persistent=False)
         trunk: dict[str, Any] = {"num_heads": config.num_heads, "rotary_axes": 2}
         self.patch_in = nn.Linear(patch_dim, dim)
+        self.patch_place = nn.Parameter(0.5 * torch.randn(self.num_patches, dim))
         # Of spread 1: registers that start alike stay alike (measured with LARP's queries).
         self.registers = nn.Parameter(torch.randn(num, dim))
         self.encoder = Transformer(dim, config.encoder_depth, **trunk)
         self.noisy_in = nn.Linear(patch_dim, dim)
+        self.noisy_place = nn.Parameter(0.5 * torch.randn(self.num_patches, dim))
         self.token_in = nn.Linear(quantizer.codebook.dim, dim)
         self.token_place = nn.Parameter(0.5 * torch.randn(num, dim))
         self.dropped = nn.Parameter(0.02 * torch.randn(dim))
@@ -134,13 +143,15 @@ class FlexTok(VisualTokenizer):
         if num_tokens is not None:
             tokens = tokens.keep(num_tokens)
         # Logit-normal noise levels, as in Stable Diffusion 3 (arXiv:2403.03206, section 3.1).
-        sigma = torch.sigmoid(torch.randn(len(images), generator=generator)).to(clean.device)
+        normal = torch.randn(len(images), generator=generator) + self.config.sigma_mean
+        sigma = torch.sigmoid(normal).to(clean.device)
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         x_t = (1 - sigma[:, None, None]) * clean + sigma[:, None, None] * noise
         is_null = torch.rand(len(images), generator=generator) < self.config.null_rate
         velocity = self.velocity(x_t, sigma, tokens, is_null=is_null.to(clean.device))
-        error = (velocity.float() - (noise - clean)).square().mean()
-        return TokenizerOutput(tokens, {"flow": LossTerm(1.0, error)})
+        error = (velocity.float() - (noise - clean)).square().mean((1, 2))
+        weight = sigma.square() if self.config.compare == "clean" else torch.ones_like(sigma)
+        return TokenizerOutput(tokens, {"flow": LossTerm(1.0, (weight * error).mean())})
 
     def velocity(
         self, x_t: Tensor, sigma: Tensor, tokens: Tokens, *, is_null: Tensor | None = None
@@ -149,7 +160,7 @@ class FlexTok(VisualTokenizer):
         seen = torch.where(tokens.mask[..., None], self.token_in(tokens.embeddings), self.dropped)
         if is_null is not None:
             seen = torch.where(is_null[:, None, None], self.null, seen)
-        x = torch.cat([self.noisy_in(x_t), seen + self.token_place], dim=1)
+        x = torch.cat([self.noisy_in(x_t) + self.noisy_place, seen + self.token_place], dim=1)
         time = self.time_in(time_embedding(sigma, self.config.dim).to(x))
         x = self.decoder(x, coords=self.coords, condition=time, kind=self.kind)
         clean = self.patch_out(x[:, : self.num_patches]).float()
@@ -166,7 +177,7 @@ class FlexTok(VisualTokenizer):
 
     def _quantized(self, patches: Tensor) -> Tokens:
         registers = self.registers.expand(len(patches), -1, -1)
-        x = torch.cat([self.patch_in(patches), registers], dim=1)
+        x = torch.cat([self.patch_in(patches) + self.patch_place, registers], dim=1)
         x = self.encoder(x, mask=self.encoder_mask, coords=self.coords)
         found = self.quantizer(x[:, self.num_patches :])
         mask = torch.ones(found.embeddings.shape[:2], dtype=torch.bool, device=x.device)

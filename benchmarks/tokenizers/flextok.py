@@ -1,0 +1,135 @@
+"""FlexTok's claims: ordered prefixes, what nested dropout is for, and tokens by complexity.
+
+`python benchmarks/tokenizers/flextok.py [--seeds 0 1 2]`: for every seed a FlexTok with nested
+dropout and one without, on 32 x 32 pixels, and their errors on the same held-out images and noise
+at every prefix. About three minutes per training on one core.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lab import Scenes, arguments, confidence, fit, once, scenes, spread, write_result
+from torch import Tensor
+
+from tokenizers_vis.addons.dropout import TokenDropout
+from tokenizers_vis.registry import make_tokenizer
+from tokenizers_vis.tokenizer import Solver
+from tokenizers_vis.training import TokenizerTraining
+
+NUMBERS: dict[str, Any] = {
+    "image_size": 32, "patch_size": 8, "num_registers": 8, "levels": (8, 5, 5, 5), "dim": 96,
+    "num_heads": 3, "encoder_depth": 2, "decoder_depth": 3, "null_rate": 0.0, "min_sigma": 0.1,
+    "compare": "clean", "sigma_mean": 1.0,
+}  # fmt: skip
+PREFIXES = (1, 2, 4, 8)
+NUM_TRAIN, NUM_HELD_OUT, SOLVER = 20_000, 384, Solver(10)
+ENOUGH = 1.1  # an image needs the tokens at which its error is within this of its error with all
+
+
+def main() -> None:
+    """Trains, compares, prints and writes."""
+    args = arguments(__doc__ or "", steps=1800)
+    train, held = scenes(NUM_TRAIN, seed=0), scenes(NUM_HELD_OUT, seed=1, held_out=True)
+    runs: dict[str, list[dict[str, Any]]] = {"nested": [], "fixed": []}
+    for seed in args.seeds:
+        for arm, found in runs.items():
+            key = {"arm": arm, "seed": seed, "steps": args.steps, **NUMBERS}
+            found.append(once("flextok", key, lambda: measure(train, held, arm, seed, args.steps)))  # noqa: B023
+    errors = {arm: torch.tensor([r["errors"] for r in found]) for arm, found in runs.items()}
+    print(f"{'tokens':>8}" + "".join(f"{arm:>24}" for arm in errors))
+    for i, count in enumerate(PREFIXES):
+        each = [spread(errors[arm][:, i].mean(1).tolist()) for arm in errors]
+        print(f"{count:8}" + "".join(f"{text:>24}" for text in each))
+    claims = [*falls(errors["nested"]), control(errors), complexity(errors["nested"], held)]
+    for claim in claims:
+        print("shows  " if claim["shows"] else "DOES NOT SHOW  ", claim["claim"], claim["numbers"])
+    curves = {arm: errors[arm].mean(2).tolist() for arm in errors}
+    usage = {arm: [r["usage"] for r in found] for arm, found in runs.items()}
+    write_result("flextok", {
+        "command": "python benchmarks/tokenizers/flextok.py", "seeds": args.seeds,
+        "steps": args.steps, "prefixes": PREFIXES, "mean_squared_error": curves, "usage": usage,
+        "claims": claims,
+    })  # fmt: skip
+
+
+def measure(train: Scenes, held: Scenes, arm: str, seed: int, steps: int) -> dict[str, Any]:
+    """Trains one arm; squared error of every held-out image at every prefix."""
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer("flextok", NUMBERS)
+    dropout = TokenDropout("pow2") if arm == "nested" else None
+    print(f"{arm}, seed {seed}")
+    training = TokenizerTraining(tokenizer, dropout=dropout)
+    fit(training, train.images, steps=steps, seed=seed, lr=3e-3)
+    errors = []
+    with torch.no_grad():
+        tokens = tokenizer.encode(held.images)
+        for count in PREFIXES:
+            drawn = tokenizer.decode(tokens.keep(count), solver=SOLVER)
+            errors.append((drawn - held.images).square().mean((1, 2, 3)).tolist())
+    assert tokens.ids is not None
+    return {"errors": errors, "usage": tokenizer.usage(tokens.ids)}
+
+
+def falls(errors: Tensor) -> list[dict[str, Any]]:
+    """Of errors [seeds, prefixes, images]: does every doubling help, image by image?"""
+    claims = []
+    for i, count in enumerate(PREFIXES[:-1]):
+        gain = (errors[:, i] - errors[:, i + 1]).mean(0)
+        low, high = confidence(gain)
+        every = bool(((errors[:, i] - errors[:, i + 1]).mean(1) > 0).all())
+        claims.append({
+            "claim": f"the error falls from {count} to {PREFIXES[i + 1]} tokens",
+            "shows": low > 0 and every,
+            "numbers": f"by {gain.mean():.5f}, 95 % interval {low:.5f} to {high:.5f}; "
+            f"in {'every seed' if every else 'not every seed'}",
+        })  # fmt: skip
+    return claims
+
+
+def control(errors: dict[str, Tensor]) -> dict[str, Any]:
+    """Is the prefix of a model without nested dropout clearly worse at the shortest prefixes?"""
+    ratios = []
+    for i in range(2):
+        mean = {arm: errors[arm][:, i].mean() for arm in errors}
+        ratios.append(float(mean["fixed"] / mean["nested"]))
+    full = float(errors["fixed"][:, -1].mean() / errors["nested"][:, -1].mean())
+    return {
+        "claim": "without nested dropout short prefixes are clearly worse",
+        "shows": min(ratios) > 1.2,
+        "numbers": f"error over that with it: {ratios[0]:.2f} at 1 token, {ratios[1]:.2f} at 2, "
+        f"{full:.2f} with all",
+    }
+
+
+def complexity(errors: Tensor, held: Scenes) -> dict[str, Any]:
+    """Do scenes of more objects need more tokens?"""
+    good = errors <= ENOUGH * errors[:, -1:]
+    first = good.float().argmax(1)  # the last prefix is always good enough
+    needed = torch.tensor(PREFIXES)[first].float().mean(0)
+    by_number = {n: needed[held.num_objects == n] for n in range(1, 5)}
+    few, many = by_number[1], torch.cat([by_number[3], by_number[4]])
+    gap = float(many.mean() - few.mean())
+    resampled = _gaps(few, many)
+    text = ", ".join(f"{n}: {values.mean():.2f}" for n, values in by_number.items())
+    return {
+        "claim": "scenes of more objects need more tokens",
+        "shows": resampled[0] > 0,
+        "numbers": f"mean tokens by objects {text}; 3 or 4 against 1: {gap:+.2f}, 95 % interval "
+        f"{resampled[0]:+.2f} to {resampled[1]:+.2f}",
+    }
+
+
+def _gaps(few: Tensor, many: Tensor) -> tuple[float, float]:
+    generator = torch.Generator().manual_seed(0)
+    means = [
+        values[torch.randint(len(values), (2000, len(values)), generator=generator)].mean(1)
+        for values in (few, many)
+    ]
+    gaps = means[1] - means[0]
+    return float(gaps.quantile(0.025)), float(gaps.quantile(0.975))
+
+
+if __name__ == "__main__":
+    main()
