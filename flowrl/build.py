@@ -6,7 +6,6 @@ calls; what the config names is found and loaded by `flowrl.sources`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +46,7 @@ from flowrl.sources import (
 )
 from flowrl.train.evaluate import Evaluator
 from flowrl.train.loop import Trainer
+from flowrl.train.schedule import LearningRate
 from flowrl.train.scoring import RewardSet
 from flowrl.train.step import Learner
 from flowrl.train.track import require_trackers
@@ -164,28 +164,6 @@ def build_trainer(parts: Parts, run: Path) -> Trainer:
         ratio_tolerance=ratio_tolerance(config, parts.method),
         guidance_rows=parts.guidance_rows,
     )
-
-
-@dataclass(frozen=True)
-class LearningRate:
-    """Factor on the learning rate after `update` updates: linear warm-up, then the schedule.
-
-    Plain numbers only: torch stores them with every checkpoint.
-    """
-
-    schedule: str
-    warmup: int
-    total: int
-
-    def __call__(self, update: int) -> float:
-        if update < self.warmup:
-            return (update + 1) / self.warmup
-        share = min(1.0, (update - self.warmup) / max(1, self.total - self.warmup))
-        if self.schedule == "linear":
-            return 1 - share
-        if self.schedule == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * share))
-        return 1.0
 
 
 def build_method(config: Config, where: str) -> Method:

@@ -16,9 +16,9 @@ from flowrl import yamlio
 from flowrl.calls import check_call
 from flowrl.errors import ConfigError
 from flowrl.schema import Config
-from flowrl.strict import Key, apply_overrides, escape, fields, interpolate, validate
+from flowrl.strict import Key, Model, Record, apply_overrides, escape, fields, interpolate, validate
 
-__all__ = ["Config", "check_call", "dump_config", "load_config", "plain", "to_dict"]
+__all__ = ["Config", "check_call", "dump_config", "load_config", "plain", "read_record", "to_dict"]
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -37,6 +37,19 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: with all problems, a line each.
     """
+    config, by_override = read_record(Config, path, overrides)
+    _refuse_idle(config, by_override)
+    return config
+
+
+def read_record(
+    model: type[Model], path: str | Path, overrides: Iterable[str] = ()
+) -> tuple[Model, dict[Key, str]]:
+    """Any root record in a YAML file, read as `load_config` reads a run's.
+
+    Returns:
+        The record, and for each key that an override set the words that name it in errors.
+    """
     path = Path(path)
     data: dict[str, Any] = {}
     sources: dict[Key, str] = {}
@@ -44,10 +57,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         data = yamlio.merge(data, layer)
         sources |= dict.fromkeys(yamlio.leaves(layer), str(file))
     data, by_override = apply_overrides(data, overrides, str(path))
-    data = interpolate(yamlio.merge(_defaults(), data), str(path), sources | by_override)
-    config = validate(Config, data, where=str(path), sources=sources | by_override)
-    _refuse_idle(config, by_override)
-    return config
+    data = interpolate(yamlio.merge(_defaults(model), data), str(path), sources | by_override)
+    record = validate(model, data, where=str(path), sources=sources | by_override)
+    return record, by_override
 
 
 def _layers(path: Path, above: tuple[Path, ...]) -> list[tuple[Path, dict[str, Any]]]:
@@ -68,10 +80,10 @@ def _layers(path: Path, above: tuple[Path, ...]) -> list[tuple[Path, dict[str, A
     return [*_layers(below, above), (path, data)]
 
 
-def _defaults() -> dict[str, Any]:
+def _defaults(model: type[Record]) -> dict[str, Any]:
     """All defaults as plain data, so that an interpolation may name a key that no file sets."""
     data: dict[str, Any] = {}
-    for key, field in fields(Config):
+    for key, field in fields(model):
         if field.is_required() or "[]" in key:
             continue
         *sections, name = key.split(".")
@@ -101,7 +113,7 @@ def _refuse_idle(config: Config, by_override: dict[Key, str]) -> None:
                 raise ConfigError(f"{source}: {name} would do nothing here; it needs {need}")
 
 
-def to_dict(config: Config) -> dict[str, Any]:
+def to_dict(config: Record) -> dict[str, Any]:
     """The configuration as nested plain data, every default filled in and tuples as lists."""
     data = plain(config.model_dump())
     assert isinstance(data, dict)
@@ -117,7 +129,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-def dump_config(config: Config, path: str | Path) -> None:
+def dump_config(config: Record, path: str | Path) -> None:
     """Write the configuration, fully resolved, as YAML from which `load_config` gives an equal one.
 
     Args:

@@ -17,6 +17,15 @@ Unit = Annotated[float, Field(ge=0, lt=1)]
 Args = dict[str, Any]
 
 
+def folder_name(name: str) -> str:
+    """A run's name, if it can be a folder's; otherwise a ValueError that says so."""
+    if name in (".", "..") or "/" in name or "\\" in name:
+        raise ValueError(
+            f"run.name must be a plain folder name, got {name!r}; put the path into run.output_dir"
+        )
+    return name
+
+
 class RunConfig(Record):
     """What the run is called, where it writes and how long it lasts."""
 
@@ -44,12 +53,7 @@ class RunConfig(Record):
     @field_validator("name")
     @classmethod
     def _is_a_folder_name(cls, name: str) -> str:
-        if name in (".", "..") or "/" in name or "\\" in name:
-            raise ValueError(
-                f"run.name must be a plain folder name, got {name!r}; "
-                "put the path into run.output_dir"
-            )
-        return name
+        return folder_name(name)
 
 
 class LoraConfig(Record):

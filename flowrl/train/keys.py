@@ -40,6 +40,9 @@ KEYS = {
     "train/ranked_right": "share of pairs whose margin is positive",
     "train/window_start": "first sampler step of the stochastic window, from 0",
     "train/num_decisions": "decisions that the step trained on, over all processes",
+    "train/loss/<name>": "a term of a tokenizer's loss before its weight, mean over the batch",
+    "train/metric/<name>": "what a tokenizer reports beside its losses, mean over the batch",
+    "train/adversary/<name>": "loss of an add-on's adversary; absent while it rests",
     "reward/<name>/mean": "mean of one reward over the rollout's samples for which it is valid",
     "reward/<name>/std": "standard deviation of one reward over the same samples",
     "reward/<name>/invalid_frac": "share of the rollout's samples without a score of the reward",
@@ -54,13 +57,22 @@ KEYS = {
     "eval/distance": "distance of the evaluated weights from the base model: root mean square of "
     "the difference in velocity on noised samples of the base (tokens: in log-probs of its "
     "sequences); logged where monitor.reward is set",
+    "eval/loss": "weighted sum of a tokenizer's losses on the held-out images",
+    "eval/loss/<name>": "a term of it before its weight",
+    "eval/psnr": "peak signal-to-noise ratio of held-out reconstructions from all tokens, dB, mean "
+    "over images",
+    "eval/psnr/<tokens>": "the same from the first so many tokens",
+    "eval/usage/<name>": "how the codes are used on the held-out images: used is the share that "
+    "occurs, entropy_bits that of their frequencies, perplexity 2 to its power",
     "perf/step_time_s": "wall time of the training step, all phases, seconds",
+    "perf/data_s": "time that the step waited for images, seconds",
     "perf/rollout_s": "wall time of sampling, without decoding, seconds",
     "perf/decode_s": "wall time of turning latents or tokens into images, seconds",
     "perf/reward_s": "time that the rewards of this process worked, summed over them, seconds",
     "perf/reward_wait_s": "time that the step waited for scores, seconds: what was not hidden",
     "perf/train_s": "wall time of forward, backward and optimiser, seconds",
-    "perf/images_per_s": "images sampled, scored and trained on per second, over all processes",
+    "perf/images_per_s": "images sampled, scored and trained on per second, over all processes; of "
+    "a tokenizer, trained on",
     "perf/nfe_per_image": "network evaluations of the rollout per image; guidance counts as two",
     "perf/train_rows_per_image": "network evaluations with gradient per image; guidance counts as "
     "two",
@@ -71,6 +83,7 @@ KEYS = {
     "perf/max_memory_gb": "peak memory so far: of the accelerator, or of the process without one",
     "samples/train": "images of the rollout with prompts and rewards",
     "samples/train_table": "the same with prompt, seed and rewards, a row per image; W&B only",
+    "samples/reconstructions": "held-out images, and below each what growing numbers of tokens say",
     "samples/eval": "images of the held-out evaluation, the same prompts and seeds every time",
     "samples/eval_table": "the same with prompt, seed and rewards, a row per image; W&B only",
     "track/nonfinite": "values of this row that were NaN or infinite and are stored as null",

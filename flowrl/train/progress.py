@@ -140,6 +140,8 @@ class Progress:
         parts = []
         if "train/reward_mean" in metrics:
             parts.append(f"reward {metrics['train/reward_mean']:.3f}")
+        elif "train/loss" in metrics:
+            parts.append(f"loss {metrics['train/loss']:.4f}")
         if self._score is not None:
             parts.append(f"eval {self._score:.3f}")
         if "train/ratio_max_dev" in metrics:

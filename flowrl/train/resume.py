@@ -6,18 +6,18 @@ Reading order: `find_checkpoint`, `check_same_run`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowrl.config import Config, to_dict
+from flowrl.config import to_dict
 from flowrl.errors import CheckpointError, ConfigError
 from flowrl.train import statefiles
 from flowrl.train.checkpoint import Checkpoints
 from flowrl.train.track import METRICS
 
 # What a resumed run may change: where, how long and how fast it runs, and what is observed.
-_FREE = (
+FREE = (
     "run.name", "run.output_dir", "run.steps", "run.resume", "run.max_minutes",
     "run.max_evaluations",
     "checkpoint", "track", "eval", "monitor",
@@ -28,8 +28,13 @@ _FREE = (
 )  # fmt: skip
 
 
-def find_checkpoint(config: Config, run: Path) -> Path | None:
+def find_checkpoint(config: Any, run: Path, *, free: Sequence[str] = FREE) -> Path | None:
     """The checkpoint that the run goes on from, None for a new run; changes nothing.
+
+    Args:
+        config: a record with the sections `run`, `checkpoint` and perhaps `optim`.
+        run: the run's folder.
+        free: keys and sections that may have changed since.
 
     Raises:
         ConfigError: the folder holds a run already, or the checkpoint is of another run.
@@ -45,7 +50,7 @@ def find_checkpoint(config: Config, run: Path) -> Path | None:
             )
         return None
     extra = statefiles.read_extra(path)
-    check_same_run(extra["config"], to_dict(config))
+    check_same_run(extra["config"], to_dict(config), free=free)
     if extra["step"] > config.run.steps:
         raise CheckpointError(
             f"{path} is at step {extra['step']}, beyond run.steps={config.run.steps}; "
@@ -54,7 +59,9 @@ def find_checkpoint(config: Config, run: Path) -> Path | None:
     return path
 
 
-def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def check_same_run(
+    old: Mapping[str, Any], new: Mapping[str, Any], *, free: Sequence[str] = FREE
+) -> None:
     """Refuse to go on with a configuration that would make it another run.
 
     Free are the keys that say where, how long and how fast the run goes and what is observed of
@@ -65,17 +72,18 @@ def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     Args:
         old: the configuration stored in the checkpoint, as plain data.
         new: the present one.
+        free: keys and sections that may differ.
 
     Raises:
         ConfigError: lists every other key that differs, with both values.
     """
-    free = set(_FREE)
+    may_differ = set(free)
     if new.get("optim", {}).get("schedule", "constant") != "constant":
-        free.remove("run.steps")
+        may_differ.discard("run.steps")
     lines = []
     for key, before, after in differences(old, new, ""):
         parts = key.split(".")
-        if not any(".".join(parts[:length]) in free for length in range(1, len(parts) + 1)):
+        if not any(".".join(parts[:length]) in may_differ for length in range(1, len(parts) + 1)):
             lines.append(f"  {key}: {before} in the checkpoint, {after} now")
     if lines:
         raise ConfigError(

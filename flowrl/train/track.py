@@ -167,6 +167,8 @@ class Tracker:
         images: Tensor,
         captions: Sequence[str],
         samples: Sequence[Sample] = (),
+        *,
+        columns: int | None = None,
     ) -> None:
         """Write images as one grid, `samples/<key>_<step>.png`, and to the trackers.
 
@@ -176,6 +178,7 @@ class Tracker:
             images: [N, 3, H, W] in [0, 1]; values outside are clamped. Captions: [N].
             captions: [N] texts; only W&B shows them.
             samples: [N], or none; W&B shows them as a table, `<key>_table`, beside the images.
+            columns: of the grid; None = about as many as rows.
         """
         match_key(key)
         is_counted = len(images) == len(captions) and len(samples) in (0, len(images))
@@ -192,7 +195,7 @@ class Tracker:
         folder = self.run / SAMPLES
         folder.mkdir(exist_ok=True)
         file = folder / f"{key.rpartition('/')[2]}_{step:06d}.png"
-        Image.fromarray(_grid(pixels).numpy()).save(file)
+        Image.fromarray(_grid(pixels, columns).numpy()).save(file)
         for tracker in self._trackers():
             if tracker.name == "tensorboard":
                 tracker.log_images({key: pixels.numpy()}, step=step, dataformats="NHWC")
@@ -289,10 +292,10 @@ def _drop_rows(file: Path, *, after: int) -> None:
     os.replace(partial, file)
 
 
-def _grid(pixels: Tensor, gap: int = 2) -> Tensor:
+def _grid(pixels: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
     """Images uint8 [N, H, W, 3] side by side, about as many in a row as rows, on white."""
     num, height, width, _ = pixels.shape
-    columns = math.ceil(math.sqrt(num))
+    columns = columns or math.ceil(math.sqrt(num))
     rows = math.ceil(num / columns)
     grid = torch.full(
         (rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=torch.uint8
