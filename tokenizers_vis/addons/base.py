@@ -20,8 +20,13 @@ class AddOn(nn.Module, ABC):
         needs_reconstruction: whether it looks at the decoded image of the training forward.
     """
 
-    adversary: nn.Module | None = None
+    adversary: nn.Module | None
     needs_reconstruction: bool = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Not a default of the class: it would hide the network, which nn.Module keeps elsewhere.
+        self.adversary = None
 
     def attach(self, tokenizer: VisualTokenizer) -> None:
         """Called once, before training: makes what depends on the tokenizer.
