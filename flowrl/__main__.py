@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from flowrl import __version__
-from flowrl.commands import rewards
+from flowrl.commands import rewards, tokenizer
 from flowrl.errors import FlowrlError
 
 EXIT_FAILED = 1
@@ -318,6 +318,7 @@ def _env() -> None:
 
 
 app.add_typer(rewards.app, name="rewards")
+app.add_typer(tokenizer.app, name="tokenizer")
 
 
 def main() -> None:

@@ -68,6 +68,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "flowrl.train": ("flowrl.methods", "flowrl.data", "flowrl.__version__", *RECORDS, *CONFIG),
     "flowrl.compare": ("flowrl.train", "flowrl.__version__", *RECORDS, *CONFIG),
     "flowrl.sweep": ("flowrl.train", "flowrl.data.seeds", *RECORDS, *CONFIG),
+    "flowrl.tokenizer": (
+        *SIBLINGS,
+        "flowrl.data.seeds",
+        "flowrl.precision",
+        "flowrl.train",
+        *RECORDS,
+        *CONFIG,
+    ),
     "flowrl.toys": ("flowrl.functional", *RECORDS),
     # What a reward returns is checked by the trainer's own gate.
     "flowrl.testing": (
@@ -93,6 +101,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "flowrl.make": EVERYTHING,
     "flowrl.commands": ("flowrl",),
     "flowrl.commands.reward_tools": ("flowrl", "rewards"),
+    "flowrl.commands.tokenizer_tools": ("flowrl", "tokenizers_vis"),
     "flowrl.rewardsdoc": ("rewards",),
     "flowrl.__main__": ("flowrl.__version__", "flowrl.errors", "flowrl.commands"),
     "rewards": (),

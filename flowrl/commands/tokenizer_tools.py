@@ -1,0 +1,232 @@
+"""What `flowrl tokenizer train | encode | decode` do."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flowrl.commands.env import describe_environment
+from flowrl.config import dump_config
+from flowrl.errors import ConfigError, DataError
+from flowrl.tokenizer.schema import FREE, load_tokenizer_config, run_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flowrl.tokenizer.loop import TokenizerRun
+    from tokenizers_vis.tokenizer import Solver, VisualTokenizer
+
+
+def train(config: Path, overrides: Sequence[str]) -> None:
+    """Trains, evaluates and exports.
+
+    Raises:
+        KeyboardInterrupt: stopped by a signal; everything is saved.
+    """
+    loaded = load_tokenizer_config(config, overrides)  # before torch is loaded
+    from flowrl.tokenizer.build import build_run
+    from flowrl.train.machine import end_training
+    from flowrl.train.resume import find_checkpoint
+    from flowrl.train.runfiles import write_json
+
+    folder = run_folder(loaded)
+    find_checkpoint(loaded, folder, free=FREE)  # refuses before anything older is touched
+    run = build_run(loaded, where=config.name)
+    if run.accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        dump_config(loaded, folder / "config.yaml")
+        write_json(folder / "env.json", dict(describe_environment()))
+        print(describe(run), flush=True)
+    run.accelerator.wait_for_everyone()
+    outcome = run.run()
+    if run.accelerator.is_main_process and outcome != "interrupted":
+        print(f"tokenizer: {folder / 'final'}")
+    end_training(run.accelerator)
+    if outcome == "interrupted":
+        command = shlex.join(
+            ["flowrl", "tokenizer", "train", str(config), *overrides, "run.resume=latest"]
+        )
+        print(f"saved; go on with: {command}", file=sys.stderr)
+        raise KeyboardInterrupt
+
+
+def describe(run: TokenizerRun) -> str:
+    """The run in three lines."""
+    tokenizer, config = run.weights.training.tokenizer, run.config
+    trained = sum(p.numel() for p in tokenizer.parameters() if p.requires_grad)
+    cut, num_images = run.batches.cut, len(run.batches.source)
+    epochs = config.run.steps * cut.batch_size / num_images
+    return "\n".join(
+        [
+            f"{tokenizer.name}: {trained / 1e6:.2f} M trained parameters, "
+            f"{tokenizer.layout.num_tokens} tokens, {tokenizer.bits:.6g} bits per image",
+            f"{config.data.source}: {num_images} images of {' x '.join(map(str, run.batches.size))}"
+            f", {len(run.held_out)} others measured",
+            f"{config.run.steps} steps of {cut.batch_size} images ({cut.total} x "
+            f"{cut.micro_batch_size}) are {epochs:.3g} epochs",
+        ]
+    )
+
+
+def encode(
+    source: str, images: Sequence[Path], out: Path, *, num_tokens: int | None, batch_size: int
+) -> None:
+    """Writes the tokens of image files."""
+    import torch
+
+    from flowrl.tokenizer.images import read_image, to_float
+    from flowrl.tokenizer.tokenfile import TokenFile, fingerprint, write_tokens
+
+    files = [file for given in images for file in _files(given)]
+    tokenizer, folder = load_tokenizer(source)
+    if len(tokenizer.sample_shape) != 3:
+        raise ConfigError(f"{source} takes clips {list(tokenizer.sample_shape)}, not images")
+    chosen = tokenizer.token_counts[-1] if num_tokens is None else num_tokens
+    size = (tokenizer.sample_shape[1], tokenizer.sample_shape[2])
+    device = _device()
+    tokenizer.to(device)
+    ids, embeddings = [], []
+    for first in range(0, len(files), batch_size):
+        pixels = torch.stack([read_image(f, size, (0.5, 0.5)) for f in files[first:][:batch_size]])
+        try:
+            with torch.no_grad():
+                tokens = tokenizer.encode(to_float(pixels, device), chosen).compact()
+        except ValueError as error:
+            raise ConfigError(f"{source}: {error}") from error
+        if tokens.ids is None:
+            embeddings.append(tokens.embeddings.cpu())
+        else:
+            ids.append(tokens.ids.cpu())
+    content = TokenFile(
+        folder,
+        fingerprint(tokenizer),
+        tuple(file.name for file in files),
+        torch.full((len(files),), chosen),
+        torch.cat(ids) if ids else None,
+        torch.cat(embeddings) if embeddings else None,
+    )
+    write_tokens(out, content)
+    print(
+        f"{out}: {len(files)} x {chosen} tokens, {tokenizer.bits_of(chosen):.6g} bits per image, "
+        f"{out.stat().st_size} bytes"
+    )
+
+
+def decode(
+    file: Path,
+    out: Path,
+    *,
+    source: str | None,
+    num_tokens: int | None,
+    num_steps: int | None,
+    guidance_scale: float | None,
+    seed: int,
+    batch_size: int,
+) -> None:
+    """Writes the images of a file of tokens, named as those they were made of."""
+    import torch
+
+    from flowrl.tokenizer.tokenfile import fingerprint, read_tokens, tokens_of
+    from flowrl.train.track import to_pixels
+
+    content = read_tokens(file)
+    tokenizer, folder = load_tokenizer(source or content.tokenizer)
+    if fingerprint(tokenizer) != content.fingerprint:
+        raise DataError(
+            f"{file} was made by another tokenizer than {folder} is now: its ids mean something "
+            "else. Name the one that made it by --tokenizer, or encode the images again"
+        )
+    if not tokenizer.is_decodable:
+        raise ConfigError(f"{folder}: {tokenizer.name} has no decoder")
+    solver = _solver(tokenizer, num_steps, guidance_scale)
+    if num_tokens is not None:
+        content = replace(content, length=content.length.clamp(max=num_tokens))
+        if num_tokens not in tokenizer.token_counts:
+            raise ConfigError(
+                f"--num-tokens={num_tokens}: {tokenizer.name} keeps one of "
+                f"{', '.join(map(str, tokenizer.token_counts))} tokens"
+            )
+    tokenizer.to(_device())
+    generator = torch.Generator().manual_seed(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    names = iter(_names(content.names))
+    for first in range(0, len(content.names), batch_size):
+        tokens = tokens_of(content, tokenizer, slice(first, first + batch_size))
+        with torch.no_grad():
+            images = tokenizer.decode(tokens, solver=solver, generator=generator)
+        for pixels in to_pixels(images):
+            _write_png(pixels, out / next(names))
+    print(f"{out}: {len(content.names)} images")
+
+
+def load_tokenizer(source: str) -> tuple[VisualTokenizer, str]:
+    """The tokenizer of a folder, a run or a Hub id, in evaluation mode; and where it is.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from tokenizers_vis.registry import CONFIG, load_pretrained
+
+    folder = Path(source).expanduser()
+    final = folder / "final"
+    if (final / CONFIG).is_file():
+        folder = final
+    place = str(folder.resolve()) if folder.is_dir() else source
+    try:
+        return load_pretrained(place), place
+    except (LookupError, ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def _solver(
+    tokenizer: VisualTokenizer, num_steps: int | None, guidance_scale: float | None
+) -> Solver | None:
+    given = {"num_steps": num_steps, "guidance_scale": guidance_scale}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
+        return None
+    if not tokenizer.is_generative:
+        raise ConfigError(
+            f"{tokenizer.name} decodes in one forward; leave out "
+            + " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        )
+    return replace(tokenizer.config.solver, **given)
+
+
+def _files(given: Path) -> Iterator[Path]:
+    """An image file, or those of a folder."""
+    from flowrl.tokenizer.images import SUFFIXES, image_files
+
+    if not given.is_dir():
+        yield given
+        return
+    found = image_files(given)
+    if not found:
+        raise DataError(f"{given} holds no images ({', '.join(SUFFIXES)})")
+    yield from found
+
+
+def _names(names: Sequence[str]) -> Iterator[str]:
+    """A PNG's name for every image; a name that comes again gets a number."""
+    seen: dict[str, int] = {}
+    for name in names:
+        stem = Path(name).stem
+        seen[stem] = seen.get(stem, 0) + 1
+        yield f"{stem}.png" if seen[stem] == 1 else f"{stem}_{seen[stem]}.png"
+
+
+def _write_png(pixels: Tensor, file: Path) -> None:
+    from PIL import Image
+
+    Image.fromarray(pixels.numpy()).save(file)
+
+
+def _device() -> str:
+    import torch
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if found is None else str(found)

@@ -1,0 +1,237 @@
+"""The run of a tokenizer's training: steps, evaluations, checkpoints, and the exported weights.
+
+Reading order: `TokenizerRun.run`, `_train_step`, `_evaluate`, `_export`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from flowrl.config import to_dict
+from flowrl.tokenizer.batches import Batches, batches_of
+from flowrl.tokenizer.heldout import evaluate_held_out
+from flowrl.tokenizer.schema import FREE, TokenizerConfig
+from flowrl.tokenizer.step import Learner
+from flowrl.tokenizer.weights import TrainingWeights
+from flowrl.train.checkpoint import Checkpoints, Together
+from flowrl.train.control import Clock, Interrupt
+from flowrl.train.machine import max_memory_gb
+from flowrl.train.progress import Progress
+from flowrl.train.resume import find_checkpoint
+from flowrl.train.runfiles import replaced, write_json
+from flowrl.train.step import total
+from flowrl.train.track import Tracker
+from tokenizers_vis.registry import save_pretrained
+
+FINAL = "final"
+_SHOWN = ("eval/loss", "eval/psnr", "eval/usage/used")
+
+
+class TokenizerRun:
+    """One run. Build it with `flowrl.tokenizer.build.build_run`.
+
+    Args:
+        config: the run's.
+        folder: the run's.
+        accelerator: that prepared the learner's parts.
+        learner: trains.
+        weights: everything that training changes.
+        batches: of training images.
+        held_out: uint8 [N, 3, H, W], never trained on.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: TokenizerConfig,
+        folder: Path,
+        accelerator: Accelerator,
+        learner: Learner,
+        weights: TrainingWeights,
+        batches: Batches,
+        held_out: Tensor,
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.accelerator = accelerator
+        self.learner = learner
+        self.weights = weights
+        self.batches = batches
+        self.held_out = held_out
+        self.checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
+        self.train_seconds = 0.0
+        self._step = 0
+        self._last_saved: int | None = None
+        self._evaluated: int | None = None
+
+    def run(self) -> str:
+        """Trains to the end, or until stopped; returns "finished", "stopped" or "interrupted".
+
+        Raises:
+            ConfigError: the folder holds another run.
+            NonFiniteError: see the message; the last checkpoint stands.
+        """
+        settings, track = self.config, self.config.track
+        resumed = self._resume()
+        self.tracker = Tracker(
+            self.accelerator,
+            self.folder,
+            config=to_dict(settings),
+            trackers=track.trackers,
+            name=settings.run.name,
+            project=track.project,
+            entity=track.entity,
+            mode=track.mode,
+            tags=track.tags,
+            group=track.group,
+            resumed_step=resumed,
+        )
+        self.progress = Progress(
+            settings.run.steps,
+            start=self._step,
+            quiet=not self.accelerator.is_main_process,
+            max_minutes=settings.run.max_minutes,
+        )
+        try:
+            with self.progress, Interrupt().listening() as interrupt:
+                return self._run(interrupt)
+        except KeyboardInterrupt:
+            self._status("stopped", "interrupted twice; the last checkpoint stands")
+            raise
+        except BaseException as error:
+            self._status("failed", f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self.tracker.finish()
+
+    def _run(self, interrupt: Interrupt) -> str:
+        settings = self.config
+        self._status("running", "")
+        self.learner.main.network.train()
+        batches = batches_of(
+            self.batches,
+            start=self._step,
+            steps=settings.run.steps,
+            workers=settings.data.workers,
+        )
+        reason = "finished"
+        while self._step < settings.run.steps:
+            self._train_step(batches)
+            if settings.eval.every and self._step % settings.eval.every == 0:
+                self._evaluate()
+            if settings.checkpoint.every and self._step % settings.checkpoint.every == 0:
+                self._save()
+            if self._any(interrupt.requested):
+                reason = "interrupted"
+                break
+            limit = settings.run.max_minutes
+            if limit is not None and self._any(self.train_seconds / 60 >= limit):
+                reason = "stopped"
+                break
+        self._save()
+        if reason != "interrupted":
+            self._evaluate()
+            self._export()
+        why = {"stopped": f"run.max_minutes={settings.run.max_minutes}", "interrupted": "a signal"}
+        self._status("finished" if reason == "finished" else "stopped", why.get(reason, ""))
+        return reason
+
+    def _train_step(self, batches: Iterator[list[Tensor]]) -> None:
+        clock = Clock.started()
+        batch = next(batches)
+        data_s = clock.lap()
+        steps = self.config.run.steps
+        lr = float(self.learner.main.optimizer.param_groups[0]["lr"])
+        found = self.learner.learn(batch, step=self._step, progress=self._step / steps)
+        step_s = time.perf_counter() - clock.start
+        self.train_seconds += step_s
+        self._step += 1
+        metrics = {f"train/{name}": value for name, value in found.items()}
+        metrics |= {
+            "train/lr": lr,
+            "perf/step_time_s": step_s,
+            "perf/data_s": data_s,
+            "perf/images_per_s": self.config.compute.batch_size / step_s,
+            "perf/max_memory_gb": max_memory_gb(self.accelerator.device),
+        }
+        self.progress.update(self._step, metrics)
+        if self._step % self.config.track.log_every == 0 or self._step in (1, steps):
+            self.tracker.log(self._step, metrics)
+
+    def _evaluate(self) -> None:
+        """On the main process, with the averaged weights; the others wait."""
+        if self._evaluated == self._step:
+            return
+        self._evaluated = self._step
+        settings = self.config.eval
+        if self.accelerator.is_main_process:
+            with self.weights.averaged():
+                found = evaluate_held_out(
+                    self.weights.training,
+                    self.held_out,
+                    batch_size=settings.batch_size,
+                    num_shown=settings.num_shown,
+                    seed=settings.seed,
+                    progress=self._step / self.config.run.steps,
+                    device=self.accelerator.device,
+                )
+            self.tracker.log(self._step, found.metrics)
+            columns = found.images.shape[1]
+            captions = [row for row in found.rows for _ in range(columns)]
+            key = "samples/reconstructions"
+            images = found.images.flatten(0, 1)
+            self.tracker.log_images(self._step, key, images, captions, columns=columns)
+            shown = {key: found.metrics[key] for key in _SHOWN if key in found.metrics}
+            self.progress.evaluated(self._step, shown)
+        self.accelerator.wait_for_everyone()
+
+    # ------------------------------------------------------------------------- around the steps
+
+    def _save(self) -> None:
+        if self._last_saved == self._step:
+            return
+        extra = {
+            "step": self._step,
+            "train_seconds": self.train_seconds,
+            "evaluated": self._evaluated,
+            "config": to_dict(self.config),
+        }
+        self.checkpoints.save(self.accelerator, self._step, extra, self.weights)
+        self._last_saved = self._step
+
+    def _resume(self) -> int | None:
+        """Puts a checkpoint's state in place; returns its step, None for a new run."""
+        path = find_checkpoint(self.config, self.folder, free=FREE)
+        if path is None:
+            return None
+        extra = self.checkpoints.load(self.accelerator, path, self.weights)
+        self._step = self._last_saved = extra["step"]
+        self.train_seconds = extra["train_seconds"]
+        self._evaluated = extra["evaluated"]
+        return self._step
+
+    def _export(self) -> None:
+        """The tokenizer as `load_pretrained` reads it: the weights that were evaluated."""
+        with Together(self.accelerator, self.folder / FINAL):
+            if self.accelerator.is_main_process:
+                with replaced(self.folder / FINAL) as folder, self.weights.averaged():
+                    save_pretrained(self.weights.training.tokenizer, folder)
+
+    def _status(self, state: str, reason: str) -> None:
+        if self.accelerator.is_main_process:
+            status = {
+                "state": state,
+                "step": self._step,
+                "minutes": round(self.train_seconds / 60, 2),
+                "reason": reason,
+            }
+            write_json(self.folder / "status.json", status)
+
+    def _any(self, flag: bool) -> bool:
+        """Whether any process says so: all must leave the loop together."""
+        return total(self.accelerator, [float(flag)])[0] > 0
