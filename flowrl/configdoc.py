@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from flowrl.config import Config, plain
-from flowrl.strict import field_type, fields
+from flowrl.strict import Record, field_type, fields
 
 
 class FieldRow(NamedTuple):
@@ -17,10 +17,10 @@ class FieldRow(NamedTuple):
     description: str
 
 
-def describe_fields() -> list[FieldRow]:
+def describe_fields(model: type[Record] = Config) -> list[FieldRow]:
     """All keys of a config in order, for docs/config.md; `[]` marks the entries of a list."""
     rows = []
-    for key, field in fields(Config):
+    for key, field in fields(model):
         default = "required"
         if not field.is_required():
             default = _yaml_word(plain(field.get_default(call_default_factory=True)))
@@ -34,13 +34,18 @@ def _yaml_word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def to_markdown() -> str:
-    """The page docs/config.md."""
-    rows = []
-    for row in describe_fields():
+def table(model: type[Record]) -> list[str]:
+    """The lines of the table of all keys of a config."""
+    rows = ["| key | type | default | value |", "|---|---|---|---|"]
+    for row in describe_fields(model):
         default = row.default if row.default == "required" else f"`{row.default}`"
         cells = (f"`{row.key}`", row.type, default, row.description)
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return rows
+
+
+def to_markdown() -> str:
+    """The page docs/config.md."""
     return "\n".join(
         [
             "# Configuration",
@@ -52,9 +57,7 @@ def to_markdown() -> str:
             "folder from which flowrl is started, that of `base` to its file.",
             "Made by `python -m flowrl.configdoc > docs/config.md`.",
             "",
-            "| key | type | default | value |",
-            "|---|---|---|---|",
-            *rows,
+            *table(Config),
             "",
         ]
     )

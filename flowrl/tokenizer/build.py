@@ -86,9 +86,9 @@ def build_training(config: TokenizerConfig, *, where: str) -> TokenizerTraining:
     """Tokenizer, dropout and add-ons, their weights drawn from the run's seed."""
     torch.manual_seed(derive_seed(config.run.seed, "weights"))
     tokenizer = build_tokenizer(config, where=where)
-    dropout = None
-    if config.dropout is not None:
-        dropout = TokenDropout(config.dropout.mode, config.dropout.full)
+    dropout, mode = None, config.dropout.mode
+    if mode != "none":
+        dropout = TokenDropout(mode, config.dropout.full)
     addons = {}
     for number, addon in enumerate(config.addons):
         try:

@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from flowrl.config import read_record
-from flowrl.schema import Args, CheckpointConfig, Unit, folder_name
+from flowrl.schema import Args, Unit, folder_name
 from flowrl.strict import Record
 
 # What a resumed run may change: where and how fast it runs, and what is observed.
@@ -80,12 +80,25 @@ class TokenizerSection(Record):
 class DropoutSection(Record):
     """How many tokens a training image keeps, for tokenizers that can keep fewer than all."""
 
-    mode: Literal["uniform", "pow2", "pow2_ceil"] = Field(
-        default="pow2",
-        description="uniform = any count; pow2 = a power of two or all, equally often; pow2_ceil = "
-        "uniform, rounded up to the next power of two",
+    mode: Literal["none", "uniform", "pow2", "pow2_ceil"] = Field(
+        default="none",
+        description="none = every image keeps all; uniform = any count; pow2 = a power of two or "
+        "all, equally often; pow2_ceil = uniform, rounded up to the next power of two",
     )
-    full: float = Field(default=0.0, ge=0, le=1, description="share of images that keep all tokens")
+    full: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="share of images that keep all tokens whatever is drawn",
+    )
+
+    @model_validator(mode="after")
+    def _does_something(self) -> DropoutSection:
+        if self.mode == "none" and self.full:
+            raise ValueError(
+                f"dropout.full={self.full} would do nothing with dropout.mode=none; set the mode"
+            )
+        return self
 
 
 class AddOnSection(Record):
@@ -123,7 +136,9 @@ class DataSection(Record):
         description="what is cut to the tokenizer's shape after the shorter side was resized to "
         "it; held-out images are always cut at the centre",
     )
-    flip: bool = Field(default=False, description="mirror every other training image")
+    flip: bool = Field(
+        default=False, description="mirror half of the training images, drawn at random"
+    )
     workers: int = Field(default=0, ge=0, description="processes that read images; 0 = this one")
 
 
@@ -191,6 +206,13 @@ class EvalSection(Record):
     )
 
 
+class CheckpointSection(Record):
+    """When the run's state is saved."""
+
+    every: int = Field(default=500, ge=0, description="steps between two, 0 = only at the end")
+    keep: int = Field(default=2, ge=1, description="checkpoints kept; older ones are deleted")
+
+
 class TrackSection(Record):
     """Where metrics go besides metrics.jsonl."""
 
@@ -210,16 +232,14 @@ class TokenizerConfig(Record):
 
     run: RunSection = Field(description="the run")
     tokenizer: TokenizerSection = Field(description="what is trained")
-    dropout: DropoutSection | None = Field(
-        default=None, description="token dropout; null = every image keeps all tokens"
-    )
+    dropout: DropoutSection = Field(default=DropoutSection(), description="token dropout")
     addons: tuple[AddOnSection, ...] = Field(default=(), description="further losses")
     data: DataSection = Field(description="the images")
     optim: OptimSection = Field(description="the optimiser")
     compute: ComputeSection = Field(default=ComputeSection(), description="how the work is cut up")
     eval: EvalSection = Field(default=EvalSection(), description="the held-out evaluation")
-    checkpoint: CheckpointConfig = Field(
-        default=CheckpointConfig(every=500), description="when the state is saved"
+    checkpoint: CheckpointSection = Field(
+        default=CheckpointSection(), description="when the state is saved"
     )
     track: TrackSection = Field(default=TrackSection(), description="where metrics go")
 

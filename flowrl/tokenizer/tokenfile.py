@@ -94,12 +94,13 @@ def read_tokens(file: Path) -> TokenFile:
 
 def tokens_of(content: TokenFile, tokenizer: VisualTokenizer, rows: slice) -> Tokens:
     """The tokens of some of the images, as the tokenizer's own."""
-    length = content.length[rows]
+    device = next(tokenizer.parameters()).device
+    length = content.length[rows].to(device)
     if content.ids is not None:
-        return tokenizer.tokens_from_ids(content.ids[rows], length)
+        return tokenizer.tokens_from_ids(content.ids[rows].to(device), length)
     assert content.embeddings is not None
-    embeddings = content.embeddings[rows]
-    mask = torch.arange(embeddings.shape[1]) < length[:, None]
+    embeddings = content.embeddings[rows].to(device)
+    mask = torch.arange(embeddings.shape[1], device=device) < length[:, None]
     return Tokens(embeddings, mask, tokenizer.layout)
 
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import pytest
 
 from flowrl.errors import ConfigError
+from flowrl.tokenizer import configdoc
+from flowrl.tokenizer.build import build_training
 from flowrl.tokenizer.schema import load_tokenizer_config
 from tests.tokenizer_cli.toys import FLEXTOK, GRID, toy_run, write_config
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def refused(file, *overrides):
@@ -43,6 +50,7 @@ def test_a_tokenizer_is_new_or_there_already(tmp_path, section, words):
         ("optim.warmup_steps=7", "exceeds run.steps=6"),
         ("run.name=a/b", "plain folder name"),
         ("addons=[{name: a}, {name: a}]", "names 'a' 2 times"),
+        ("dropout.full=0.5", "would do nothing with dropout.mode=none"),
     ],
 )
 def test_what_cannot_be_is_refused(tmp_path, override, words):
@@ -66,6 +74,32 @@ def test_parts_that_do_not_exist_or_fit_are_named(tmp_path, overrides, words):
     with pytest.raises(ConfigError) as caught:
         toy_run(tmp_path, *overrides)
     assert str(caught.value).startswith("toy.yaml: ") and words in str(caught.value)
+
+
+CONFIGS = {  # bits per image, as the configs' comments say
+    "shapes_vq": 64 * 9,
+    "shapes_binary": 64 * 16,
+    "shapes_flextok": 32 * math.log2(1000),
+}
+
+
+def test_every_config_builds_its_tokenizer():
+    files = sorted((ROOT / "configs/tokenizers").glob("*.yaml"))
+    assert [file.stem for file in files] == sorted(CONFIGS)
+    for file in files:
+        config = load_tokenizer_config(file)
+        assert config.run.name == file.stem
+        training = build_training(config, where=file.name)
+        assert training.tokenizer.bits == pytest.approx(CONFIGS[file.stem])
+        assert training.tokenizer.sample_shape == (3, 64, 64)
+        assert (training.dropout is not None) == (len(training.tokenizer.token_counts) > 1)
+
+
+def test_the_page_of_keys_is_what_the_records_say():
+    page = (ROOT / "docs/tokenizer_config.md").read_text()
+    words = "run python -m flowrl.tokenizer.configdoc > docs/tokenizer_config.md"
+    assert page == configdoc.to_markdown(), words
+    assert "[].mode" not in page and "`addons[].name`" in page
 
 
 def test_an_adversary_of_a_sampling_decoder_is_refused(tmp_path):
