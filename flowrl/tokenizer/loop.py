@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flowrl.config import to_dict
 from flowrl.tokenizer.batches import Batches, batches_of
+from flowrl.tokenizer.card import write_card
 from flowrl.tokenizer.heldout import evaluate_held_out
 from flowrl.tokenizer.schema import FREE, TokenizerConfig
 from flowrl.tokenizer.step import Learner
@@ -68,6 +69,7 @@ class TokenizerRun:
         self._step = 0
         self._last_saved: int | None = None
         self._evaluated: int | None = None
+        self._measured: dict[str, float] = {}  # by the last evaluation
 
     def run(self) -> str:
         """Trains to the end, or until stopped; returns "finished", "stopped" or "interrupted".
@@ -181,6 +183,7 @@ class TokenizerRun:
                     device=self.accelerator.device,
                 )
             self.tracker.log(self._step, found.metrics)
+            self._measured = found.metrics
             columns = found.images.shape[1]
             captions = [row for row in found.rows for _ in range(columns)]
             key = "samples/reconstructions"
@@ -199,6 +202,7 @@ class TokenizerRun:
             "step": self._step,
             "train_seconds": self.train_seconds,
             "evaluated": self._evaluated,
+            "measured": self._measured,
             "config": to_dict(self.config),
         }
         self.checkpoints.save(self.accelerator, self._step, extra, self.weights)
@@ -212,15 +216,19 @@ class TokenizerRun:
         extra = self.checkpoints.load(self.accelerator, path, self.weights)
         self._step = self._last_saved = extra["step"]
         self.train_seconds = extra["train_seconds"]
-        self._evaluated = extra["evaluated"]
+        self._evaluated, self._measured = extra["evaluated"], extra["measured"]
         return self._step
 
     def _export(self) -> None:
         """The tokenizer as `load_pretrained` reads it: the weights that were evaluated."""
         with Together(self.accelerator, self.folder / FINAL):
             if self.accelerator.is_main_process:
+                tokenizer = self.weights.training.tokenizer
                 with replaced(self.folder / FINAL) as folder, self.weights.averaged():
-                    save_pretrained(self.weights.training.tokenizer, folder)
+                    save_pretrained(tokenizer, folder)
+                    write_card(
+                        folder, self.config, tokenizer, step=self._step, metrics=self._measured
+                    )
 
     def _status(self, state: str, reason: str) -> None:
         if self.accelerator.is_main_process:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from flowrl.errors import ConfigError, NonFiniteError
-from flowrl.tokenizer.heldout import psnr, shown_counts
+from flowrl.tokenizer.heldout import evaluate_held_out, psnr, shown_counts
 from flowrl.tokenizer.images import to_float
 from flowrl.tokenizer.step import Learner
 from flowrl.train.statefiles import read_weights
@@ -117,6 +117,9 @@ def test_the_average_is_evaluated_and_exported(tmp_path):
         drawn = tokenizer.decode(tokenizer.encode(images))
     measured = rows(tmp_path)[-1]["eval/psnr"]
     assert measured == pytest.approx(float(psnr(drawn, images).mean()), abs=1e-3)
+    card = (tmp_path / "runs/toy/final/README.md").read_text()
+    assert f"| `eval/psnr` | {measured:.6g} |" in card and "3 of 3 steps" in card
+    assert str(tmp_path) not in card
 
 
 def test_the_psnr_of_an_error_of_a_tenth_is_20_db():
@@ -142,6 +145,13 @@ def test_reconstructions_are_shown_for_growing_counts(tmp_path):
 
 
 def test_evaluating_does_not_disturb_training(tmp_path):
+    run = toy_run(tmp_path)
+    training, state = run.weights.training.train(), torch.get_rng_state()
+    before = {name: value.clone() for name, value in training.state_dict().items()}
+    how = {"batch_size": 3, "num_shown": 2, "seed": 0, "progress": 0.5}
+    evaluate_held_out(training, run.held_out, **how, device=torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), state) and training.tokenizer.training
+    assert_same(dict(training.state_dict()), before)
     for name, every in (("often", 1), ("never", 0)):
         (tmp_path / name).mkdir()
         toy_run(tmp_path / name, f"eval.every={every}").run()
