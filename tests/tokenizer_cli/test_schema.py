@@ -79,7 +79,7 @@ def test_parts_that_do_not_exist_or_fit_are_named(tmp_path, overrides, words):
 CONFIGS = {  # bits per image, as the configs' comments say
     "shapes_vq": 64 * 9,
     "shapes_binary": 64 * 16,
-    "shapes_flextok": 32 * math.log2(1000),
+    "shapes_flextok": 16 * math.log2(1000),
 }
 
 
