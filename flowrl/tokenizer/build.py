@@ -20,6 +20,7 @@ from flowrl.precision import resolve_precision
 from flowrl.tokenizer.batches import Batches, Cut
 from flowrl.tokenizer.images import load_images, stack
 from flowrl.tokenizer.loop import TokenizerRun
+from flowrl.tokenizer.muon import MuonAdamW, block_matrices
 from flowrl.tokenizer.schema import OptimSection, TokenizerConfig, run_folder
 from flowrl.tokenizer.step import AdversaryNetwork, Half, Learner, LossNetwork
 from flowrl.tokenizer.weights import TrainingWeights
@@ -184,7 +185,8 @@ def build_learner(
         for parameter in adversary.parameters:
             parameter.requires_grad_(False)  # they are not the tokenizer's to move
     network = LossNetwork(training)
-    main = _half(network, accelerator, optim, steps, lr=optim.lr, betas=optim.betas)
+    rates = {"lr": optim.lr, "muon_lr": optim.muon_lr}
+    main = _half(network, accelerator, optim, steps, **rates, betas=optim.betas)
     return Learner(
         accelerator=accelerator,
         main=main,
@@ -204,9 +206,18 @@ def _half(
     *,
     lr: float,
     betas: tuple[float, float],
+    muon_lr: float | None = None,
 ) -> Half:
+    decay = optim.weight_decay
     parameters = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(_groups(parameters, optim.weight_decay), lr=lr, betas=betas)
+    matrices = [] if muon_lr is None else block_matrices(network)
+    by_muon = {id(p) for p in matrices}
+    groups = _groups([p for p in parameters if id(p) not in by_muon], decay)
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas)
+    if muon_lr is not None and matrices:
+        optimizer = MuonAdamW(
+            matrices, groups, lr=lr, muon_lr=muon_lr, betas=betas, weight_decay=decay
+        )
     factor = LearningRate(optim.schedule, optim.warmup_steps, steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return Half(network, parameters, optimizer, schedule).prepared(accelerator)

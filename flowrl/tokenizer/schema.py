@@ -146,6 +146,12 @@ class OptimSection(Record):
     """AdamW, its schedule, and the moving average that is evaluated and exported."""
 
     lr: float = Field(gt=0, description="learning rate after the warm-up")
+    muon_lr: float | None = Field(
+        default=None,
+        gt=0,
+        description="learning rate of Muon for matrices of transformer blocks, which then learn "
+        "in about half of the steps; null = AdamW trains everything",
+    )
     betas: tuple[Unit, Unit] = Field(
         default=(0.9, 0.95), description="AdamW's decay of both moments"
     )

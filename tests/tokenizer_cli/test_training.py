@@ -54,8 +54,9 @@ def assert_same(a: dict, b: dict) -> None:
             "dropout": {"mode": "pow2"},
             "data": {"source": "shapes", "num_images": 20, "flip": True},
         },
+        {"tokenizer": FLEXTOK, "optim": {"lr": 1e-2, "muon_lr": 2e-2, "schedule": "linear"}},
     ],
-    ids=["vq with an adversary", "flextok with dropout"],
+    ids=["vq with an adversary", "flextok with dropout", "flextok by muon"],
 )
 def test_a_run_that_was_killed_and_resumed_equals_an_uninterrupted_one(
     tmp_path, monkeypatch, sections
