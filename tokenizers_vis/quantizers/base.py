@@ -80,8 +80,8 @@ class Quantizer(nn.Module, ABC):
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
-    """The value of `hard`, the gradient of `soft` (arXiv:1308.3432)."""
-    return soft + (hard - soft).detach()
+    """The value of `hard`, to the last bit, and the gradient of `soft` (arXiv:1308.3432)."""
+    return hard.detach() + (soft - soft.detach())
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
