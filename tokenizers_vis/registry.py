@@ -22,6 +22,8 @@ from tokenizers_vis.tokenizer import VisualTokenizer
 TOKENIZERS = {
     "grid": "tokenizers_vis.grid:GridTokenizer",
     "flextok": "tokenizers_vis.flextok:FlexTok",
+    "larp": "tokenizers_vis.larp:Larp",
+    "titok": "tokenizers_vis.titok:TiTok",
 }
 PLUGINS = "flowrl.tokenizers"  # the entry-point group in which other distributions register theirs
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

@@ -23,6 +23,10 @@ FLEXTOK = {
     "image_size": 16, "patch_size": 4, "num_registers": 4, "dim": 32, "num_heads": 2,
     "encoder_depth": 1, "decoder_depth": 2,
 }  # fmt: skip
+HOLISTIC = {
+    "image_size": 16, "patch_size": 8, "num_tokens": 4, "vocab": 32, "code_dim": 4, "dim": 32,
+    "num_heads": 2, "encoder_depth": 1, "decoder_depth": 1,
+}  # fmt: skip
 TINY = {
     "grid vq": ("grid", {**SMALL, "vocab": 32}),
     "grid fsq": ("grid", {**SMALL, "quantizer": "fsq", "levels": (4, 4)}),
@@ -31,6 +35,10 @@ TINY = {
     "grid kl": ("grid", {**SMALL, "quantizer": "kl", "dim": 4}),
     "flextok pixels": ("flextok", FLEXTOK),
     "flextok latents": ("flextok", {**FLEXTOK, "patch_size": 2, "autoencoder": VAE}),
+    "larp images": ("larp", HOLISTIC),
+    "larp clips": ("larp", {**HOLISTIC, "num_frames": 4, "patch_frames": 2}),
+    "titok": ("titok", HOLISTIC),
+    "titok nested": ("titok", {**HOLISTIC, "nested": True}),
 }
 
 
