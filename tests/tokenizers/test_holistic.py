@@ -27,13 +27,13 @@ def test_patches_of_an_image_are_those_of_the_blocks_and_join_again():
 
 
 def test_a_patch_of_a_clip_is_a_block_of_frames_and_pixels():
-    # Kills: frames and rows exchanged in the permutation.
-    clips = torch.rand(2, 4, 3, 8, 16)
-    patches = Patches((4, 3, 8, 16), 8, frames=2)
+    # Kills: frames and rows exchanged in either permutation.
+    clips = torch.rand(2, 4, 3, 16, 24)
+    patches = Patches((4, 3, 16, 24), 8, frames=2)
     cut = patches.cut(clips)
-    assert patches.grid == (2, 1, 2) and cut.shape == (2, 4, 2 * 3 * 64) == (2, 4, patches.dim)
-    # Patch 3 of frames first, then rows, then columns: frames 2 and 3, the right half.
-    assert torch.equal(cut[0, 3], clips[0, 2:4, :, :, 8:].flatten())
+    assert patches.grid == (2, 2, 3) and cut.shape == (2, 12, 2 * 3 * 64) == (2, 12, patches.dim)
+    # Patch 6 + 2 of frames first, then rows, then columns: frames 2 and 3, top right.
+    assert torch.equal(cut[0, 8], clips[0, 2:4, :, :8, 16:].flatten())
     assert torch.equal(patches.join(cut), clips)
 
 

@@ -92,9 +92,8 @@ class Adversarial(AddOn):
         if progress < self.start:
             return {}
         adversary, drawn = self._judged(output)
-        # With its weights as constants: the tokenizer's step must not touch the adversary.
-        constants = {name: value.detach() for name, value in adversary.state_dict().items()}
-        fake = functional_call(adversary, constants, (drawn,))
+        # A state dict is detached: the tokenizer's step must not touch the adversary.
+        fake = functional_call(adversary, adversary.state_dict(), (drawn,))
         return {"adversarial": LossTerm(self.weight, fooling_loss(fake, self.game))}
 
     def adversary_loss(

@@ -45,7 +45,7 @@ class Perceptual(AddOn):
         self, *, weights: Path | str, heads: Path | str | None = None, weight: float = 1.0
     ) -> None:
         super().__init__()
-        from torchvision.models import vgg16
+        from torchvision.models import vgg16  # type: ignore[import-untyped]
 
         self.weight = weight
         with torch.device("meta"):  # its classifier has 100 M numbers that nobody needs
