@@ -27,6 +27,17 @@ from tokenizers_vis.registry import load_pretrained
 
 ROOT = Path(__file__).resolve().parents[2]
 CRITIC = {"name": "tests.tokenizer_cli.toys:Critic"}
+LARP = {
+    "name": "larp",
+    "args": {
+        "image_size": 16, "num_tokens": 4, "vocab": 16, "code_dim": 4, "dim": 16, "num_heads": 2,
+        "encoder_depth": 1, "decoder_depth": 1,
+    },
+}  # fmt: skip
+LARP_ADDONS = [
+    {"name": "prior", "args": {"dim": 16, "depth": 1, "num_heads": 2}},
+    {"name": "adversarial", "args": {"start": 0.3, "lecam": 0.1, "channels": [8, 8]}},
+]
 
 
 def rows(folder: Path) -> list[dict]:
@@ -49,6 +60,7 @@ def assert_same(a: dict, b: dict) -> None:
     "sections",
     [
         {"tokenizer": GRID, "addons": [CRITIC]},
+        {"tokenizer": LARP, "addons": LARP_ADDONS},
         {
             "tokenizer": FLEXTOK,
             "dropout": {"mode": "pow2"},
@@ -56,7 +68,12 @@ def assert_same(a: dict, b: dict) -> None:
         },
         {"tokenizer": FLEXTOK, "optim": {"lr": 1e-2, "muon_lr": 2e-2, "schedule": "linear"}},
     ],
-    ids=["vq with an adversary", "flextok with dropout", "flextok by muon"],
+    ids=[
+        "vq with an adversary",
+        "larp with prior and adversary",
+        "flextok with dropout",
+        "flextok by muon",
+    ],
 )
 def test_a_run_that_was_killed_and_resumed_equals_an_uninterrupted_one(
     tmp_path, monkeypatch, sections

@@ -11,7 +11,11 @@ from typing import Any, cast
 from tokenizers_vis.addons.base import AddOn
 
 # name -> module:class
-ADDONS: dict[str, str] = {}
+ADDONS: dict[str, str] = {
+    "prior": "tokenizers_vis.addons.prior:ARPrior",
+    "adversarial": "tokenizers_vis.addons.adversarial:Adversarial",
+    "perceptual": "tokenizers_vis.addons.perceptual:Perceptual",
+}
 
 
 def make_addon(name: str, args: Mapping[str, Any] | None = None) -> AddOn:
