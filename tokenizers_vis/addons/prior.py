@@ -33,7 +33,8 @@ class ARPrior(AddOn):
     Args:
         dim, depth, num_heads: of the prior; the paper's has 384, 12 and 6.
         weight: of its loss; the paper's is beside a perceptual and an adversarial loss. Without
-            them 0.06 buys its bits by worse images and fewer codes (measured).
+            them 0.06 bought its bits by worse images and fewer codes (one seed, 2,500 steps, 8
+            tokens of 256 codes: error .123 for .087, entropy 4.6 bits for 6.4).
         temperature: of the predicted codes.
         mix: share of own guesses in the second round, at most.
         mix_until: progress until which that share rises, linearly from 0.
