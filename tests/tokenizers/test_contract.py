@@ -26,6 +26,9 @@ FLEXTOK = {
 HOLISTIC = {
     "image_size": 16, "patch_size": 8, "num_tokens": 4, "vocab": 32, "code_dim": 4, "dim": 32,
     "num_heads": 2, "encoder_depth": 1, "decoder_depth": 1,
+TOKENFLOW = {
+    **SMALL, "scales": (1, 2, 4), "vocab": 32, "semantic_dim": 8, "pixel_dim": 4, "dim": 32,
+    "num_heads": 2, "semantic_depth": 1, "decoder_depth": 1, "teacher_dim": 8,
 }  # fmt: skip
 TINY = {
     "grid vq": ("grid", {**SMALL, "vocab": 32}),
@@ -34,6 +37,8 @@ TINY = {
     "grid binary": ("grid", {**SMALL, "quantizer": "binary", "num_bits": 8, "group_bits": 4}),
     "grid kl": ("grid", {**SMALL, "quantizer": "kl", "dim": 4}),
     "flextok pixels": ("flextok", FLEXTOK),
+    "tokenflow": ("tokenflow", TOKENFLOW),
+    "tokenflow pixels": ("tokenflow", {**TOKENFLOW, "semantic_dim": 0}),
     "flextok latents": ("flextok", {**FLEXTOK, "patch_size": 2, "autoencoder": VAE}),
     "larp images": ("larp", HOLISTIC),
     "larp clips": ("larp", {**HOLISTIC, "num_frames": 4, "patch_frames": 2}),
