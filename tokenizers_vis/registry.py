@@ -24,6 +24,7 @@ TOKENIZERS = {
     "flextok": "tokenizers_vis.flextok:FlexTok",
     "larp": "tokenizers_vis.larp:Larp",
     "titok": "tokenizers_vis.titok:TiTok",
+    "hieratok": "tokenizers_vis.hieratok:HieraTok",
     "tokenflow": "tokenizers_vis.tokenflow:TokenFlow",
 }
 PLUGINS = "flowrl.tokenizers"  # the entry-point group in which other distributions register theirs

@@ -26,6 +26,10 @@ FLEXTOK = {
 HOLISTIC = {
     "image_size": 16, "patch_size": 8, "num_tokens": 4, "vocab": 32, "code_dim": 4, "dim": 32,
     "num_heads": 2, "encoder_depth": 1, "decoder_depth": 1,
+HIERATOK = {
+    "image_size": 16, "patch_size": 4, "scales": (1, 2, 4), "latent_dim": 4, "dim": 32,
+    "num_heads": 2, "encoder_depth": 1, "scale_depth": 1, "decoder_depth": 1,
+}  # fmt: skip
 TOKENFLOW = {
     **SMALL, "scales": (1, 2, 4), "vocab": 32, "semantic_dim": 8, "pixel_dim": 4, "dim": 32,
     "num_heads": 2, "semantic_depth": 1, "decoder_depth": 1, "teacher_dim": 8,
@@ -37,6 +41,8 @@ TINY = {
     "grid binary": ("grid", {**SMALL, "quantizer": "binary", "num_bits": 8, "group_bits": 4}),
     "grid kl": ("grid", {**SMALL, "quantizer": "kl", "dim": 4}),
     "flextok pixels": ("flextok", FLEXTOK),
+    "hieratok": ("hieratok", HIERATOK),
+    "hieratok one scale": ("hieratok", {**HIERATOK, "scales": (4,)}),
     "tokenflow": ("tokenflow", TOKENFLOW),
     "tokenflow pixels": ("tokenflow", {**TOKENFLOW, "semantic_dim": 0}),
     "flextok latents": ("flextok", {**FLEXTOK, "patch_size": 2, "autoencoder": VAE}),
