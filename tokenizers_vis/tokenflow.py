@@ -148,10 +148,19 @@ class TokenFlow(VisualTokenizer):
         """Sets the teacher of the training forward (see `teachers`); None = no semantic loss.
 
         Raises:
-            ValueError: a pixel-only tokenizer, or one whose semantic loss has no weight.
+            ValueError: a pixel-only tokenizer, one whose semantic loss has no weight, or features
+                that are not teacher_dim wide.
         """
         if teacher is not None and not (self.config.semantic_dim and self.config.semantic):
             raise ValueError("a teacher needs semantic_dim > 0 and a weight of the semantic loss")
+        if teacher is not None:
+            blank = next(self.parameters()).new_zeros(1, *self.sample_shape)
+            width = on_grid(teacher(blank), self.config.scales[-1]).shape[-1]
+            if width != self.config.teacher_dim:
+                raise ValueError(
+                    f"the teacher's features are {width} wide, teacher_dim is "
+                    f"{self.config.teacher_dim}"
+                )
         self._teacher = () if teacher is None else (teacher,)
         return self
 

@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tokenizers_vis.addons.registry import make_addon
 from tokenizers_vis.registry import make_tokenizer, save_pretrained
 from tokenizers_vis.teachers import frozen
+from tokenizers_vis.training import TokenizerTraining
 
 ARGS = {
     "image_size": 16, "channels": (8, 16), "scales": (1, 2, 4), "vocab": 32, "semantic_dim": 8,
@@ -144,6 +146,25 @@ def test_training_logs_the_rank_in_either_codebook():
 def test_sizes_that_do_not_fit_are_refused(args, message):
     with pytest.raises(ValueError, match=message):
         tokenflow(**args)
+
+
+def test_a_teacher_of_another_width_is_refused():
+    with pytest.raises(ValueError, match="6 wide, teacher_dim is 5"):
+        tokenflow(teacher_dim=5).teach(teacher)
+
+
+def test_the_add_on_sets_the_teacher_by_its_name_in_timm():
+    tokenizer = tokenflow(teacher_dim=64)
+    args = {"teacher": "test_vit", "image_size": 64, "is_pretrained": False}
+    training = TokenizerTraining(tokenizer, addons={"t": make_addon("semantic_teacher", args)})
+    output = training(images(), progress=0.0)
+    assert set(output.losses) == {"pixel_l1", "pixel_l2", "codebook", "commitment", "semantic"}
+    assert not list(training.addons.parameters())
+    with pytest.raises(ValueError, match="is for tokenflow, not for grid"):
+        TokenizerTraining(
+            make_tokenizer("grid", {"image_size": 16, "channels": (8, 16)}),
+            addons={"t": make_addon("semantic_teacher", args)},
+        )
 
 
 def test_a_pixel_only_tokenizer_takes_no_teacher():

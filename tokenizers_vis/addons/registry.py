@@ -15,6 +15,7 @@ ADDONS: dict[str, str] = {
     "prior": "tokenizers_vis.addons.prior:ARPrior",
     "adversarial": "tokenizers_vis.addons.adversarial:Adversarial",
     "perceptual": "tokenizers_vis.addons.perceptual:Perceptual",
+    "semantic_teacher": "tokenizers_vis.addons.semantic_teacher:SemanticTeacher",
 }
 
 
