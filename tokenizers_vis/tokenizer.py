@@ -77,11 +77,15 @@ class VisualTokenizer(nn.Module, ABC):
     Args:
         config: of the tokenizer.
         layout: of all its tokens.
-        codebooks: what a token of a segment can be.
+        codebooks: what a token of a segment can be. Those that segments name agree in `dim` and
+            `groups`, because the tokens of an image are one tensor; vocabularies may differ.
         token_counts: the numbers of tokens that it can keep, ascending; the last is all.
         sample_shape: of one image (3, H, W), or of one clip (F, 3, H, W). Tokenizers that take
             other sizes, too, say so in `accepts`.
         is_generative: whether `decode` samples, and so takes a `Solver` and a generator.
+
+    Raises:
+        ValueError: a segment without its codebook, or codebooks that do not fit one tensor.
     """
 
     Config: ClassVar[type[Any]]
@@ -101,7 +105,7 @@ class VisualTokenizer(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.layout = layout
-        self.codebooks = tuple(codebooks)
+        self.codebooks = _checked(codebooks, layout)
         self.token_counts = tuple(token_counts or (layout.num_tokens,))
         self.sample_shape = tuple(sample_shape)
         self.is_generative = is_generative
@@ -122,7 +126,10 @@ class VisualTokenizer(nn.Module, ABC):
 
     @abstractmethod
     def embed(self, ids: Tensor) -> Tensor:
-        """Embeddings [B, L, C] of ids, equal to those that `encode` gave with them."""
+        """Embeddings [B, L, C] of ids, equal to those that `encode` gave with them.
+
+        Ids stand at the layout's positions: `layout.codebook` says which codebook each is of.
+        """
 
     @abstractmethod
     def forward(
@@ -202,11 +209,11 @@ class VisualTokenizer(nn.Module, ABC):
         Raises:
             ValueError: ids of another shape, or outside the codebook.
         """
-        codebook = self.codebooks[0]
-        expected = 3 if codebook.groups > 1 else 2
+        groups = self.codebooks[self.layout.segments[0].codebook].groups
+        expected = 3 if groups > 1 else 2
         total = self.layout.num_tokens
         if ids.dtype != torch.int64 or ids.ndim != expected or ids.shape[1] > total:
-            shape = ["B", f"<= {total}", codebook.groups][:expected]
+            shape = ["B", f"<= {total}", groups][:expected]
             raise ValueError(f"expected int64 ids {shape}, got {ids.dtype} {list(ids.shape)}")
         self._check_range(ids)
         given = ids.shape[1]
@@ -218,15 +225,29 @@ class VisualTokenizer(nn.Module, ABC):
         return Tokens(self.embed(padded), mask, self.layout, padded)
 
     def usage(self, ids: Tensor, mask: Tensor | None = None) -> dict[str, float]:
-        """How the codes are used: see `usage.usage`. By segment where codebooks differ."""
-        if len(self.codebooks) == 1:
-            return usage(ids, self.codebooks[0], mask)
-        found = {}
-        for number, segment in enumerate(self.layout.segments):
-            part = self.layout.slice_of(number)
-            cut = None if mask is None else mask[:, part]
-            each = usage(ids[:, part], self.codebooks[segment.codebook], cut)
-            found |= {f"{segment.name}/{key}": value for key, value in each.items()}
+        """How the codes are used: see `usage.usage`. By codebook where there are several.
+
+        Args:
+            ids: int64 [B, L] or [B, L, G]; or of the first positions only.
+            mask: bool [B, L]; None = all count.
+
+        Returns:
+            name -> number; with several codebooks "segment/name", after the first segment of each.
+        """
+        segments = self.layout.segments
+        numbers = list(dict.fromkeys(segment.codebook for segment in segments))
+        if len(numbers) == 1:
+            return usage(ids, self.codebooks[numbers[0]], mask)
+        found: dict[str, float] = {}
+        owner = self.layout.codebook[: ids.shape[1]].to(ids.device)
+        for number in numbers:
+            name = next(segment.name for segment in segments if segment.codebook == number)
+            own = owner == number
+            if not own.any():  # ids of a prefix without this codebook
+                continue
+            cut = None if mask is None else mask[:, own]
+            each = usage(ids[:, own], self.codebooks[number], cut)
+            found |= {f"{name}/{key}": value for key, value in each.items()}
         return found
 
     @property
@@ -270,6 +291,17 @@ class VisualTokenizer(nn.Module, ABC):
                     f"ids of '{segment.name}' must lie in [0, {vocab}), got "
                     f"{int(part.min())} to {int(part.max())}"
                 )
+
+
+def _checked(codebooks: Sequence[Codebook], layout: TokenLayout) -> tuple[Codebook, ...]:
+    """The codebooks, if a layout's tokens can be one tensor of embeddings and one of ids."""
+    numbers = {segment.codebook for segment in layout.segments}
+    if missing := sorted(number for number in numbers if not 0 <= number < len(codebooks)):
+        raise ValueError(f"segments name codebooks {missing} of {len(codebooks)}")
+    used = [codebooks[number] for number in sorted(numbers)]
+    if len({(each.dim, each.groups) for each in used}) > 1:
+        raise ValueError(f"codebooks of one layout must agree in dim and groups, got {used}")
+    return tuple(codebooks)
 
 
 def _listed(counts: Sequence[int]) -> str:

@@ -95,6 +95,11 @@ class TokenLayout:
         return torch.arange(len(sizes)).repeat_interleave(sizes)
 
     @cached_property
+    def codebook(self) -> Tensor:
+        """Int64 [L]: the number of the codebook of a position's segment."""
+        return torch.tensor([segment.codebook for segment in self.segments])[self.level]
+
+    @cached_property
     def coords(self) -> Tensor:
         """[L, 3]: centre (time, row, column) of a position's cell, in (0, 1).
 
