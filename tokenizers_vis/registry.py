@@ -26,6 +26,7 @@ TOKENIZERS = {
     "titok": "tokenizers_vis.titok:TiTok",
     "hieratok": "tokenizers_vis.hieratok:HieraTok",
     "tokenflow": "tokenizers_vis.tokenflow:TokenFlow",
+    "hita": "tokenizers_vis.hita:Hita",
 }
 PLUGINS = "flowrl.tokenizers"  # the entry-point group in which other distributions register theirs
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

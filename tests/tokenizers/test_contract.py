@@ -33,6 +33,9 @@ HIERATOK = {
 TOKENFLOW = {
     **SMALL, "scales": (1, 2, 4), "vocab": 32, "semantic_dim": 8, "pixel_dim": 4, "dim": 32,
     "num_heads": 2, "semantic_depth": 1, "decoder_depth": 1, "teacher_dim": 8,
+HITA = {
+    **SMALL, "num_slots": 4, "shift": 2, "slot_vocab": 16, "patch_vocab": 32, "dim": 4,
+    "width": 32, "num_heads": 2, "full_depth": 1, "causal_depth": 1, "fusion_depth": 1,
 }  # fmt: skip
 TINY = {
     "grid vq": ("grid", {**SMALL, "vocab": 32}),
@@ -50,6 +53,7 @@ TINY = {
     "larp clips": ("larp", {**HOLISTIC, "num_frames": 4, "patch_frames": 2}),
     "titok": ("titok", HOLISTIC),
     "titok nested": ("titok", {**HOLISTIC, "nested": True}),
+    "hita": ("hita", HITA),
 }
 
 
