@@ -27,6 +27,7 @@ TOKENIZERS = {
     "hieratok": "tokenizers_vis.hieratok:HieraTok",
     "tokenflow": "tokenizers_vis.tokenflow:TokenFlow",
     "hita": "tokenizers_vis.hita:Hita",
+    "tokenflex": "tokenizers_vis.tokenflex:TokenFlex",
 }
 PLUGINS = "flowrl.tokenizers"  # the entry-point group in which other distributions register theirs
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

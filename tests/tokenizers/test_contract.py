@@ -37,6 +37,10 @@ HITA = {
     **SMALL, "num_slots": 4, "shift": 2, "slot_vocab": 16, "patch_vocab": 32, "dim": 4,
     "width": 32, "num_heads": 2, "full_depth": 1, "causal_depth": 1, "fusion_depth": 1,
 }  # fmt: skip
+TOKENFLEX = {
+    "image_size": 16, "patch_size": 4, "dim": 16, "width": 32, "num_heads": 2, "hidden": 32,
+    "depth": 1, "reader_depth": 1,
+}  # fmt: skip
 TINY = {
     "grid vq": ("grid", {**SMALL, "vocab": 32}),
     "grid fsq": ("grid", {**SMALL, "quantizer": "fsq", "levels": (4, 4)}),
@@ -54,6 +58,7 @@ TINY = {
     "titok": ("titok", HOLISTIC),
     "titok nested": ("titok", {**HOLISTIC, "nested": True}),
     "hita": ("hita", HITA),
+    "tokenflex": ("tokenflex", TOKENFLEX),
 }
 
 
