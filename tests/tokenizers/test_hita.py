@@ -64,9 +64,16 @@ def test_the_dead_tokens_are_exactly_the_last_ones(shift):
 def test_encoding_is_causal_after_the_blocks_that_see_all():
     # Token order is generation order: killed by a `causal` trunk without its mask.
     tokenizer = hita()
-    x = torch.randn(1, SLOTS + PATCHES, 32, requires_grad=True)
-    out = tokenizer.causal(x, mask=tokenizer.mask, coords=tokenizer.coords)
-    (gradient,) = torch.autograd.grad(out[0, 5] @ torch.randn(32), x)
+    seen = []
+
+    def keep(_module, _inputs, output):
+        seen.append(output.detach().requires_grad_())
+        return seen[0]
+
+    handle = tokenizer.full.register_forward_hook(keep)
+    feature = tokenizer.encode(images(1)).features[0, 5]
+    handle.remove()
+    (gradient,) = torch.autograd.grad(feature @ torch.randn(4), seen[0])
     assert (gradient[0] != 0).any(-1).tolist() == [position <= 5 for position in range(20)]
     # While the first slot sees the last patch through `full`.
     pixels = images(1).requires_grad_()
@@ -90,12 +97,15 @@ def test_slots_and_patches_have_a_table_each():
     assert {"slot/used", "patch/used"} <= set(tokenizer.usage(tokens.ids))
 
 
-def test_slots_and_queries_learn_from_the_pixels():
+def test_slots_learn_from_the_pixels():
     # Killed by detaching the slots, or by a quantiser without its straight-through gradient.
+    # Not seen in the queries' gradient: patches look at them, too.
     tokenizer = hita().train()
     output = tokenizer(images())
     pixels = [output.losses[name].weighted for name in ("pixel_l1", "pixel_l2")]
     torch.stack(pixels).sum().backward()
+    for table in (tokenizer.slot_table, tokenizer.patch_table):
+        assert table.project[1].weight.grad.any()
     assert tokenizer.queries.grad.any(dim=1).all()
     assert set(output.losses) == {
         "pixel_l1", "pixel_l2", "slot_commitment", "patch_commitment",
