@@ -101,7 +101,7 @@ def test_slots_learn_from_the_pixels():
     # Killed by detaching the slots, or by a quantiser without its straight-through gradient.
     # Not seen in the queries' gradient: patches look at them, too.
     tokenizer = hita().train()
-    output = tokenizer(images())
+    output = tokenizer(images(), progress=1.0)
     pixels = [output.losses[name].weighted for name in ("pixel_l1", "pixel_l2")]
     torch.stack(pixels).sum().backward()
     for table in (tokenizer.slot_table, tokenizer.patch_table):
@@ -110,6 +110,34 @@ def test_slots_learn_from_the_pixels():
     assert set(output.losses) == {
         "pixel_l1", "pixel_l2", "slot_commitment", "patch_commitment",
     }  # fmt: skip
+
+
+def test_quantisation_sets_in_token_by_token():
+    tokenizer = hita(warm_up=0.5)
+    tokens = tokenizer.encode(images(64))
+
+    def soft(progress):
+        generator = torch.Generator().manual_seed(0)
+        found = tokenizer.softened(tokens, progress=progress, generator=generator).embeddings
+        is_soft = (found == tokens.features).all(-1)
+        is_hard = (found == tokens.embeddings).all(-1)
+        assert (is_soft | is_hard).all()
+        return float(is_soft.float().mean())
+
+    assert soft(0.0) == 1.0 and soft(0.5) == 0.0 and soft(1.0) == 0.0
+    # 1 - 0.125 / 0.5 = 3/4 of 1280 tokens: 5 standard deviations are 0.06.
+    assert soft(0.125) == pytest.approx(0.75, abs=0.06)
+    assert hita(warm_up=0.0).softened(tokens, progress=0.0, generator=None) is tokens
+
+
+def test_the_commitment_sets_in_with_quantisation():
+    # Full from the start, it pulls the features of all images onto one code.
+    tokenizer = hita(warm_up=0.5).train()
+    for progress, weight in ((0.0, 0.0), (0.125, 0.25 * 0.25), (0.5, 0.25), (1.0, 0.25)):
+        losses = tokenizer(images(), progress=progress, generator=torch.Generator()).losses
+        for name in ("slot_commitment", "patch_commitment"):
+            assert losses[name].weight == pytest.approx(weight)
+        assert losses["pixel_l2"].weight == 1.0
 
 
 @pytest.mark.parametrize("shift", [-1, 5, 16])
