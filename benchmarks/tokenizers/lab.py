@@ -139,3 +139,8 @@ def spread(values: Sequence[float]) -> str:
     """Mean +- standard deviation over seeds."""
     array = np.asarray(values, dtype=float)
     return f"{array.mean():.4g} +- {array.std(ddof=1) if len(array) > 1 else 0:.2g}"
+
+
+def claim(text: str, shows: bool, **numbers: Any) -> dict[str, Any]:
+    """A sentence, whether the numbers show it, and the numbers."""
+    return {"claim": text, "shows": bool(shows), "numbers": numbers}

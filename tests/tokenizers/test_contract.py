@@ -26,6 +26,7 @@ FLEXTOK = {
 HOLISTIC = {
     "image_size": 16, "patch_size": 8, "num_tokens": 4, "vocab": 32, "code_dim": 4, "dim": 32,
     "num_heads": 2, "encoder_depth": 1, "decoder_depth": 1,
+}  # fmt: skip
 HIERATOK = {
     "image_size": 16, "patch_size": 4, "scales": (1, 2, 4), "latent_dim": 4, "dim": 32,
     "num_heads": 2, "encoder_depth": 1, "scale_depth": 1, "decoder_depth": 1,
@@ -33,6 +34,7 @@ HIERATOK = {
 TOKENFLOW = {
     **SMALL, "scales": (1, 2, 4), "vocab": 32, "semantic_dim": 8, "pixel_dim": 4, "dim": 32,
     "num_heads": 2, "semantic_depth": 1, "decoder_depth": 1, "teacher_dim": 8,
+}  # fmt: skip
 HITA = {
     **SMALL, "num_slots": 4, "shift": 2, "slot_vocab": 16, "patch_vocab": 32, "dim": 4,
     "width": 32, "num_heads": 2, "full_depth": 1, "causal_depth": 1, "fusion_depth": 1,
@@ -48,11 +50,11 @@ TINY = {
     "grid binary": ("grid", {**SMALL, "quantizer": "binary", "num_bits": 8, "group_bits": 4}),
     "grid kl": ("grid", {**SMALL, "quantizer": "kl", "dim": 4}),
     "flextok pixels": ("flextok", FLEXTOK),
+    "flextok latents": ("flextok", {**FLEXTOK, "patch_size": 2, "autoencoder": VAE}),
     "hieratok": ("hieratok", HIERATOK),
     "hieratok one scale": ("hieratok", {**HIERATOK, "scales": (4,)}),
     "tokenflow": ("tokenflow", TOKENFLOW),
     "tokenflow pixels": ("tokenflow", {**TOKENFLOW, "semantic_dim": 0}),
-    "flextok latents": ("flextok", {**FLEXTOK, "patch_size": 2, "autoencoder": VAE}),
     "larp images": ("larp", HOLISTIC),
     "larp clips": ("larp", {**HOLISTIC, "num_frames": 4, "patch_frames": 2}),
     "titok": ("titok", HOLISTIC),
