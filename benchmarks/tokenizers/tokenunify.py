@@ -55,7 +55,9 @@ def probed(model: TokenUnify, train: Scenes, held_out: Scenes) -> dict[str, floa
         features = model.features(train.images), model.features(held_out.images)
     found = {}
     for label in LABELS:
-        hits = linear_probe(features[0], getattr(train, label), features[1], getattr(held_out, label))
+        hits = linear_probe(
+            features[0], getattr(train, label), features[1], getattr(held_out, label)
+        )
         found[label] = float(hits.float().mean())
     return found
 
