@@ -247,6 +247,7 @@ def make_panel(
     limits: tuple[float | None, float | None] | None = None,
     log: bool = False,
     x_label: str = "training step",
+    x_log: bool = False,
 ) -> Panel:
     """A figure of the page: curves without a value are left out; options are `line_svg`'s."""
     shown = [each for each in series if any(_is_drawn(y, log) for _, y in each.points)]
@@ -263,6 +264,7 @@ def make_panel(
         limits=limits or (None, None),
         log=log,
         x_label=x_label,
+        x_log=x_log,
     )
     return panel
 

@@ -22,7 +22,13 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import (
+    EngFormatter,
+    FormatStrFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
+)
 
 NUM_COLORS = 8
 _LARGE = 10_000
@@ -80,6 +86,7 @@ def line_svg(
     limits: tuple[float | None, float | None] = (None, None),
     log: bool = False,
     x_label: str = "training step",
+    x_log: bool = False,
 ) -> str:
     """Curves over the training step, or over another quantity.
 
@@ -90,12 +97,13 @@ def line_svg(
         limits: of the y axis; None = as the data has it.
         log: logarithmic y axis; what is not positive is left out.
         x_label: what the x axis shows.
+        x_log: logarithmic x axis, in powers of two; every x is positive.
 
     Returns:
         An `<svg>` element.
     """
     with _figure(wide) as (figure, axes):
-        _draw_all(axes, series, limits, log, x_label, _MARKERS)
+        _draw_all(axes, series, limits, log, x_label, _MARKERS, x_log=x_log)
         return _to_svg(figure, label)
 
 
@@ -105,6 +113,7 @@ def lines_png(
     *,
     colors: Colors,
     limits: tuple[float | None, float | None] = (None, None),
+    x_log: bool = False,
 ) -> None:
     """Plots side by side as a PNG file, with a legend in the first one, or beside the last.
 
@@ -113,6 +122,7 @@ def lines_png(
         path: the file.
         colors: by the names of the page's variables; `report.light_colors` has them.
         limits: of the y axes; None = as the data has it.
+        x_log: logarithmic x axes, in powers of two.
     """
     with matplotlib.rc_context(_style_sheet(colors)):
         num = sum(bool(each.label) for each in plots[0][2])
@@ -122,7 +132,7 @@ def lines_png(
         for axes, (title, x_label, series) in zip(
             figure.subplots(1, len(plots), squeeze=False)[0], plots, strict=True
         ):
-            _draw_all(axes, series, limits, False, x_label, colors)
+            _draw_all(axes, series, limits, False, x_label, colors, x_log=x_log)
             axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
         if num <= _LEGEND_INSIDE:
             figure.axes[0].legend(frameon=False, loc="best")
@@ -140,7 +150,11 @@ def _draw_all(
     log: bool,
     x_label: str,
     colors: Colors,
+    *,
+    x_log: bool = False,
 ) -> None:
+    if x_log:
+        axes.set_xscale("log", base=2)
     for each in series:
         _draw(axes, each, log, colors)
     if log:
@@ -148,11 +162,11 @@ def _draw_all(
     axes.set_ylim(*limits)
     xs = {x for each in series for x, _ in each.points}
     if len(xs) == 1:
-        axes.set_xlim(min(xs) - 1, max(xs) + 1)
+        axes.set_xlim(*((min(xs) / 2, 2 * max(xs)) if x_log else (min(xs) - 1, max(xs) + 1)))
     for each in series:
         if each.text:
             _write(axes, each, colors)
-    _style(axes, log, x_label=x_label, is_integer=all(x == int(x) for x in xs))
+    _style(axes, log, x_label=x_label, is_integer=all(x == int(x) for x in xs), x_log=x_log)
 
 
 def stack_svg(layers: Sequence[Series], *, label: str, wide: bool = False) -> str:
@@ -260,14 +274,24 @@ def _write(axes: Axes, series: Series, colors: Colors) -> None:
 
 
 def _style(
-    axes: Axes, log: bool = False, *, x_label: str = "training step", is_integer: bool = True
+    axes: Axes,
+    log: bool = False,
+    *,
+    x_label: str = "training step",
+    is_integer: bool = True,
+    x_log: bool = False,
 ) -> None:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.grid(axis="y")
     axes.set_axisbelow(True)
     axes.tick_params(which="both", length=0, pad=5)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=is_integer, nbins=8, steps=_TICKS))
+    if x_log:
+        axes.xaxis.set_major_locator(LogLocator(base=2, numticks=12))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=is_integer, nbins=8, steps=_TICKS))
     if axes.get_xlim()[1] >= _LARGE:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if not log:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -414,3 +415,16 @@ def test_curves_of_any_length_can_be_drawn(num):
         svg = line_svg([Series("a", shifted, band=[0.1] * num)], label='"<&', log=log)
         assert ElementTree.fromstring(svg).attrib["aria-label"] == '"<&'
     ElementTree.fromstring(stack_svg([Series("a", points), Series("b", points, 2)], label="b"))
+
+
+def test_a_logarithmic_axis_counts_in_powers_of_two():
+    """Doublings are equally far apart, and their ticks are plain numbers."""
+    svg = line_svg([Series("a", [(x, x) for x in (1.0, 2.0, 4.0, 8.0)])], label="l", x_log=True)
+    root = ElementTree.fromstring(svg)
+    texts = [each.text for each in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert [each for each in texts if each in ("1", "2", "4", "8")][:4] == ["1", "2", "4", "8"]
+    marks = [float(each.attrib["x"]) for each in root.iter("{http://www.w3.org/2000/svg}use")
+             if "y" in each.attrib and each.attrib.get("style", "").count("--s1")]  # fmt: skip
+    steps = [b - a for a, b in itertools.pairwise(sorted(set(marks)))]
+    assert len(steps) == 3 and max(steps) == pytest.approx(min(steps), rel=1e-3)
+    assert line_svg([Series("a", [(3.0, 1.0)])], label="one", x_log=True).count("nan") == 0
