@@ -7,8 +7,11 @@ from typing import Annotated
 
 import typer
 
+from flowrl.commands import tokenizer_eval
+
 app = typer.Typer(
-    help="Train visual tokenizers; turn images into tokens and back.", no_args_is_help=True
+    help="Train visual tokenizers, compare them; turn images into tokens and back.",
+    no_args_is_help=True,
 )
 
 Source = Annotated[
@@ -85,3 +88,6 @@ def _decode(
         seed=seed,
         batch_size=batch_size,
     )
+
+
+tokenizer_eval.add_to(app)
