@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lab import Scenes, arguments, confidence, fit, once, scenes, spread, write_result
+from lab import Scenes, arguments, claim, confidence, fit, once, scenes, spread, write_result
 from probes import linear_probe
 from torch import Tensor
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lab import Scenes, arguments, confidence, fit, once, scenes, spread, write_result
+from lab import Scenes, arguments, claim, confidence, fit, once, scenes, spread, write_result
 from torch import Tensor, nn
 
 from tokenizers_vis.addons.dropout import TokenDropout

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lab import Scenes, arguments, confidence, fit, once, scenes, spread, write_result
+from lab import Scenes, arguments, claim, confidence, fit, once, scenes, spread, write_result
 from numpy.typing import NDArray
 from probes import linear_probe
 
