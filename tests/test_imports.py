@@ -75,6 +75,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "flowrl.train",
         *RECORDS,
         *CONFIG,
+        "flowrl.__version__",
     ),
     "flowrl.toys": ("flowrl.functional", *RECORDS),
     # What a reward returns is checked by the trainer's own gate.
@@ -85,6 +86,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "flowrl.train.scoring",
         *RECORDS,
     ),
+    # Whether a tokenizer survives being saved is asked of the registry that saves it.
+    "flowrl.testing.tokenizers": ("flowrl.testing", "tokenizers_vis.registry", *RECORDS),
     "flowrl.fits": ("flowrl.methods", "flowrl.data", *RECORDS, *CONFIG),
     "flowrl.plugins": ("rewards.registry", *RECORDS),
     "flowrl.sources": (
