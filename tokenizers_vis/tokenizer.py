@@ -176,7 +176,9 @@ class VisualTokenizer(nn.Module, ABC):
             raise ValueError(
                 f"{self.name} keeps {_listed(self.token_counts)} tokens, not {num_tokens}"
             )
-        return self._encode(images, chosen, sample=sample, generator=generator).keep(chosen)
+        tokens = self._encode(images, chosen, sample=sample, generator=generator)
+        # All are all of the image: one of another size than `layout`'s may have more.
+        return tokens if chosen == self.token_counts[-1] else tokens.keep(chosen)
 
     def decode(
         self,
