@@ -2,7 +2,7 @@
 
 Papers: VQGAN, arXiv:2012.09841 (without its transformer); MAGVIT-2, arXiv:2310.05737, for LFQ;
 FSQ, arXiv:2309.15505; latent diffusion's KL autoencoder, arXiv:2112.10752. BitDance's tokenizer
-(arXiv:2602.14041) is the same with grouped binary tokens. Perceptual and adversarial losses are
+(arXiv:2602.14041) has a body of its own, `bitdance`. Perceptual and adversarial losses are
 add-ons, so a plain one is trained on pixels alone.
 """
 
@@ -31,7 +31,7 @@ class GridConfig:
         image_size: of the square images, pixels.
         channels: of the convolutions, one stride of two each.
         num_blocks: residual blocks per stride.
-        quantizer: "vq", "fsq", "lfq" (MAGVIT-2's, of the library), "binary" (BitDance's) or "kl".
+        quantizer: "vq", "fsq", "lfq" (MAGVIT-2's, of the library), "binary" (UniWeTok's) or "kl".
         vocab, dim: of VQ; dim also of "kl".
         levels: of FSQ.
         num_bits, group_bits: of "lfq" and "binary".

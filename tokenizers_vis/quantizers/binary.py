@@ -82,9 +82,9 @@ class GroupedBinary(Quantizer):
         x = self.project(features).float()
         if self.bound == "siglu":
             x = siglu(x)
-        hard = torch.where(x >= 0, 1.0, -1.0)
+        hard = torch.where(x > 0, 1.0, -1.0)  # torch.sign has a third value
         grouped = x.unflatten(-1, (self.codebook.groups, self.group_bits))
-        ids = number_of(hard.unflatten(-1, (self.codebook.groups, self.group_bits)))
+        ids = number_of(grouped)
         sure, diverse = self.entropies(grouped, mask)
         commitment = masked_mean((x - hard).square().mean(-1), mask)
         losses = {
@@ -102,8 +102,13 @@ class GroupedBinary(Quantizer):
         """E[H(p)] and H(E[p]) of a group, nats, averaged over groups.
 
         Of grouped features [B, L, G, bits]. A corner's probability is the product of its bits', so
-        the first is a sum over bits; the second needs the table of corners.
+        the first is a sum over bits; the second needs the table of corners. Float32 also under
+        autocast: in bfloat16 the logarithms of 2^bits small probabilities are noise.
         """
+        with torch.autocast(grouped.device.type, enabled=False):
+            return self._entropies(grouped.float(), mask)
+
+    def _entropies(self, grouped: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         logit = 4 * grouped / self.temperature  # of bit +1 against bit -1
         entropy = F.softplus(-logit) * torch.sigmoid(logit) + F.softplus(logit) * torch.sigmoid(
             -logit
