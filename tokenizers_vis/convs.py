@@ -14,9 +14,9 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.first_norm = nn.GroupNorm(_groups(channels), channels)
+        self.first_norm = nn.GroupNorm(norm_groups(channels), channels)
         self.first = nn.Conv2d(channels, channels, 3, padding=1)
-        self.second_norm = nn.GroupNorm(_groups(channels), channels)
+        self.second_norm = nn.GroupNorm(norm_groups(channels), channels)
         self.second = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class ConvDecoder(nn.Module):
             layers += [ResidualBlock(width) for _ in range(num_blocks)]
             layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, after, 3, padding=1)]
         layers += [
-            nn.GroupNorm(_groups(widths[-1]), widths[-1]),
+            nn.GroupNorm(norm_groups(widths[-1]), widths[-1]),
             nn.SiLU(),
             nn.Conv2d(widths[-1], out_channels, 3, padding=1),
         ]
@@ -77,5 +77,6 @@ class ConvDecoder(nn.Module):
         return self.layers(grid)  # type: ignore[no-any-return]
 
 
-def _groups(channels: int) -> int:
+def norm_groups(channels: int) -> int:
+    """Groups of a group norm: 8, or the largest smaller power of two that divides."""
     return next(groups for groups in (8, 4, 2, 1) if channels % groups == 0)

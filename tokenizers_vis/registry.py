@@ -28,6 +28,8 @@ TOKENIZERS = {
     "tokenflow": "tokenizers_vis.tokenflow:TokenFlow",
     "hita": "tokenizers_vis.hita:Hita",
     "tokenflex": "tokenizers_vis.tokenflex:TokenFlex",
+    "uniwetok": "tokenizers_vis.uniwetok:UniWeTok",
+    "bitdance": "tokenizers_vis.bitdance:BitDance",
 }
 PLUGINS = "flowrl.tokenizers"  # the entry-point group in which other distributions register theirs
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

@@ -61,6 +61,8 @@ TINY = {
     "titok nested": ("titok", {**HOLISTIC, "nested": True}),
     "hita": ("hita", HITA),
     "tokenflex": ("tokenflex", TOKENFLEX),
+    "uniwetok": ("uniwetok", {**SMALL, "num_heads": 2, "num_bits": 8, "group_bits": 4}),
+    "bitdance": ("bitdance", {**SMALL, "num_bits": 8, "group_bits": 4}),
 }
 
 
