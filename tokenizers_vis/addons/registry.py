@@ -16,6 +16,8 @@ ADDONS: dict[str, str] = {
     "adversarial": "tokenizers_vis.addons.adversarial:Adversarial",
     "perceptual": "tokenizers_vis.addons.perceptual:Perceptual",
     "semantic_teacher": "tokenizers_vis.addons.semantic_teacher:SemanticTeacher",
+    "distill": "tokenizers_vis.addons.distill:Distill",
+    "bit_prior": "tokenizers_vis.addons.bit_prior:BitPrior",
 }
 
 
