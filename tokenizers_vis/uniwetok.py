@@ -131,7 +131,7 @@ class UniWeTok(VisualTokenizer):
         """As `VisualTokenizer.tokens_from_ids`, of images of any size.
 
         Args:
-            ids: int64 [B, L, G].
+            ids: int64 [B, L, G], [B, L] of one group.
             length: int64 [B], how many of them count; None = all that are given.
             layout: `layout_of` another size; then ids of all its places.
 
@@ -140,11 +140,11 @@ class UniWeTok(VisualTokenizer):
         """
         if layout is None or layout == self.layout:
             return super().tokens_from_ids(ids, length)
-        expected = (layout.num_tokens, self.codebooks[0].groups)
+        groups = self.codebooks[0].groups
+        expected = (layout.num_tokens, groups)[: 2 if groups > 1 else 1]
         if ids.dtype != torch.int64 or ids.shape[1:] != expected:
             raise ValueError(
-                f"expected int64 ids [B, {expected[0]}, {expected[1]}], got {ids.dtype} "
-                f"{list(ids.shape)}"
+                f"expected int64 ids {['B', *expected]}, got {ids.dtype} {list(ids.shape)}"
             )
         self._check_range(ids)
         position = torch.arange(layout.num_tokens, device=ids.device)

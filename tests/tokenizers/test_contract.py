@@ -62,6 +62,11 @@ TINY = {
     "hita": ("hita", HITA),
     "tokenflex": ("tokenflex", TOKENFLEX),
     "uniwetok": ("uniwetok", {**SMALL, "num_heads": 2, "num_bits": 8, "group_bits": 4}),
+    "grid lfq of one group": (
+        "grid",
+        {**SMALL, "quantizer": "lfq", "num_bits": 4, "group_bits": 4},
+    ),
+    "bitdance of one group": ("bitdance", {**SMALL, "num_bits": 4, "group_bits": 4}),
     "bitdance": ("bitdance", {**SMALL, "num_bits": 8, "group_bits": 4}),
 }
 

@@ -60,6 +60,16 @@ def test_a_mask_beyond_a_length_is_kept_for_other_sizes():
     assert tokens.length.tolist() == [5, 36]
 
 
+def test_ids_of_one_group_have_no_axis_of_groups():
+    """Mutation: ids [B, L, 1], which tokens_from_ids refuses."""
+    tokenizer = tiny(num_bits=4)
+    for size in (16, 24):
+        tokens = tokenizer.encode(images(size))
+        assert tokens.ids.shape == tokens.mask.shape
+        back = tokenizer.tokens_from_ids(tokens.ids, layout=tokens.layout)
+        assert torch.equal(back.embeddings, tokens.embeddings)
+
+
 def test_siglu_bounds_features_and_bitdance_does_not():
     x = 100 * images(16)
     with torch.no_grad():
@@ -113,7 +123,7 @@ def test_attention_knows_places_and_its_registers_reach_all_of_them():
     assert float((plain - mirrored).detach().abs().max()) > 1e-3
     with torch.no_grad():
         attention.registers.add_(torch.randn_like(attention.registers))
-    change = (attention(grid) - plain).abs().amax(1)
+    change = (attention(grid) - plain).detach().abs().amax(1)
     assert float(change.min()) > 1e-4
 
 

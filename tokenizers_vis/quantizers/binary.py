@@ -85,6 +85,8 @@ class GroupedBinary(Quantizer):
         hard = torch.where(x > 0, 1.0, -1.0)  # torch.sign has a third value
         grouped = x.unflatten(-1, (self.codebook.groups, self.group_bits))
         ids = number_of(grouped)
+        if self.codebook.groups == 1:
+            ids = ids[..., 0]
         sure, diverse = self.entropies(grouped, mask)
         commitment = masked_mean((x - hard).square().mean(-1), mask)
         losses = {
@@ -123,4 +125,6 @@ class GroupedBinary(Quantizer):
         return sure, diverse
 
     def embed(self, ids: Tensor) -> Tensor:
+        if self.codebook.groups == 1:
+            ids = ids[..., None]
         return bits_of(ids, self.group_bits).flatten(-2)

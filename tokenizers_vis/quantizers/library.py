@@ -135,7 +135,7 @@ class Lfq(Quantizer):
         self.lattice = LFQ(
             dim=num_bits, codebook_size=2**group_bits, num_codebooks=self.codebook.groups,
             entropy_loss_weight=1.0, commitment_loss_weight=commitment / entropy,
-            force_quantization_f32=True, keep_num_codebooks_dim=True,
+            force_quantization_f32=True, keep_num_codebooks_dim=self.codebook.groups > 1,
         )  # fmt: skip
 
     def forward(
