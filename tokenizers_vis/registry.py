@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from tokenizers_vis.tokenizer import VisualTokenizer
+from tokenizers_vis.weights import fit_weights, load_tensors
 
 # name -> module:class
 TOKENIZERS = {
@@ -110,12 +111,19 @@ def save_pretrained(tokenizer: VisualTokenizer, folder: Path | str) -> None:
 def load_pretrained(source: Path | str, *, revision: str | None = None) -> VisualTokenizer:
     """The tokenizer of a folder or of a Hub id, in evaluation mode, on the CPU.
 
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: weights that do not fit the configuration.
-    """
-    from safetensors.torch import load_file
+    Args:
+        source: what `save_pretrained` wrote, or "NAME:SOURCE" for a checkpoint that others
+            published and the tokenizer of that name reads, e.g. "titok_published:yucornetto/...".
+        revision: on the Hub.
 
+    Raises:
+        LookupError: there is no tokenizer of that name.
+        FileNotFoundError: a file is missing.
+        ValueError: weights that do not fit the configuration, or a tokenizer without an adapter.
+    """
+    name, _, published = str(source).partition(":")
+    if published and not Path(source).exists():
+        return tokenizer_class(name).from_published(published, revision=revision)
     folder = _folder_of(source, revision)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -124,18 +132,7 @@ def load_pretrained(source: Path | str, *, revision: str | None = None) -> Visua
     if not isinstance(stored, dict) or "tokenizer" not in stored:
         raise ValueError(f"{folder / CONFIG} does not name a tokenizer; was flowrl's written here?")
     tokenizer = make_tokenizer(stored["tokenizer"], stored.get("args", {}))
-    given, wanted = load_file(folder / WEIGHTS), dict(tokenizer.state_dict())
-    problems = [f"{key} is missing" for key in sorted(wanted.keys() - given.keys())]
-    problems += [f"{key} is unknown" for key in sorted(given.keys() - wanted.keys())]
-    problems += [
-        f"{key} is {list(given[key].shape)}, expected {list(wanted[key].shape)}"
-        for key in sorted(wanted.keys() & given.keys())
-        if given[key].shape != wanted[key].shape
-    ]
-    if problems:
-        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"{folder / WEIGHTS} does not fit: {'; '.join(problems[:5])}{more}")
-    tokenizer.load_state_dict(given)
+    fit_weights(tokenizer, load_tensors(folder / WEIGHTS), where=str(folder / WEIGHTS))
     return tokenizer.eval()
 
 

@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -277,6 +278,20 @@ class VisualTokenizer(nn.Module, ABC):
     def accepts(self, shape: tuple[int, ...]) -> bool:
         """Whether it takes samples of this shape."""
         return shape == self.sample_shape
+
+    @classmethod
+    def from_published(cls, source: Path | str, *, revision: str | None = None) -> VisualTokenizer:
+        """The tokenizer of a checkpoint in the format of those who published the method.
+
+        Adapters of `tokenizers_vis.published` say which; in evaluation mode, on the CPU.
+
+        Raises:
+            ValueError: it reads flowrl's own format alone.
+        """
+        raise ValueError(
+            f"{cls.name} reads what save_pretrained wrote, and no published format; the names of "
+            "those that do are in tokenizers_vis.registry.TOKENIZERS"
+        )
 
     def config_dict(self) -> dict[str, Any]:
         """The numbers of the tokenizer as plain data."""

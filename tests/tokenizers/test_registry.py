@@ -1,6 +1,7 @@
 """Making, saving and loading: what a user may get wrong is named."""
 
 import json
+import pathlib
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.tokenizers.test_contract import tiny
 from tokenizers_vis.registry import load_pretrained, make_tokenizer, save_pretrained
+from tokenizers_vis.weights import load_tensors
 
 
 def test_a_mistyped_name_gets_the_closest():
@@ -74,3 +76,19 @@ def test_what_is_no_tokenizer_is_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="does not name a tokenizer"):
         load_pretrained(tmp_path)
+
+
+def test_a_published_checkpoint_is_named_with_its_format(tmp_path):
+    with pytest.raises(ValueError, match="grid reads what save_pretrained wrote"):
+        load_pretrained("grid:someone/something")
+    with pytest.raises(LookupError, match="did you mean 'flextok'"):
+        load_pretrained("flextoc:someone/something")
+    save_pretrained(tiny("grid vq"), tmp_path / "grid:a")  # a folder may be called so
+    assert load_pretrained(tmp_path / "grid:a").name == "grid"
+
+
+def test_a_torch_file_with_other_objects_is_not_opened(tmp_path):
+    """Mutation: weights_only=False."""
+    torch.save({"model": {}, "args": pathlib.PurePosixPath("a")}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="more than tensors"):
+        load_tensors(tmp_path / "a.pt")
