@@ -31,6 +31,10 @@ TOKENIZERS = {
     "tokenflex": "tokenizers_vis.tokenflex:TokenFlex",
     "uniwetok": "tokenizers_vis.uniwetok:UniWeTok",
     "bitdance": "tokenizers_vis.bitdance:BitDance",
+    "diffusers": "tokenizers_vis.published.diffusers_grid:DiffusersGrid",
+    "flextok_published": "tokenizers_vis.published.flextok:PublishedFlexTok",
+    "llamagen_vq": "tokenizers_vis.published.llamagen:LlamaGenVq",
+    "titok_published": "tokenizers_vis.published.titok:PublishedTiTok",
 }
 PLUGINS = "flowrl.tokenizers"  # the entry-point group in which other distributions register theirs
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

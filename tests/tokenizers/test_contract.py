@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from flowrl.testing import check_tokenizer
+from tests.tokenizers.published import CASES as PUBLISHED
 from tokenizers_vis.registry import make_tokenizer
 
 # A tiny one of every kind: name in the registry, arguments.
@@ -68,6 +69,7 @@ TINY = {
     ),
     "bitdance of one group": ("bitdance", {**SMALL, "num_bits": 4, "group_bits": 4}),
     "bitdance": ("bitdance", {**SMALL, "num_bits": 8, "group_bits": 4}),
+    **PUBLISHED,
 }
 
 
