@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +16,9 @@ from torch import Tensor, nn
 
 from tokenizers_vis.addons.base import AddOn
 from tokenizers_vis.quantizers.base import LossTerm, masked_mean
+from tokenizers_vis.teachers import Teacher
 from tokenizers_vis.tokenizer import TokenizerOutput, VisualTokenizer
 from tokenizers_vis.tokens import TokenLayout
-
-Teacher = Callable[[Tensor], Tensor]  # images [B, *sample_shape] -> features [B, N, D] or [B, D]
 
 
 class Distill(AddOn):
