@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from flowrl.make.shapes_base import resume_state, save_state
 from rewards.shapes.features import ShapesFeatures
 from rewards.shapes.grammar import SKILLS, describe, sample_scene, split
 from rewards.shapes.quality import frechet_distance
@@ -70,6 +69,8 @@ def train(
         batch: images per step.
         lr: the largest.
     """
+    from flowrl.make.shapes_base import resume_state, save_state  # which loads diffusers
+
     torch.manual_seed(seed)
     network = ShapesFeatures()
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.02)
