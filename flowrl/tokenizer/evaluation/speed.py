@@ -70,8 +70,9 @@ def _measured(
 
 
 def count_calls(call: Callable[[], Any], module: nn.Module) -> int:
-    """How often the most often called part (direct child) of a module runs during a call."""
-    counts = {name: 0 for name, _ in module.named_children()}
+    """How often the most often called part of a module, or part of a part, runs during a call."""
+    parts = {name: part for name, part in module.named_modules() if name and name.count(".") < 2}
+    counts = dict.fromkeys(parts, 0)
 
     def counting(name: str) -> Callable[..., None]:
         def count(*_: Any) -> None:
@@ -79,7 +80,7 @@ def count_calls(call: Callable[[], Any], module: nn.Module) -> int:
 
         return count
 
-    hooks = [m.register_forward_hook(counting(name)) for name, m in module.named_children()]
+    hooks = [part.register_forward_hook(counting(name)) for name, part in parts.items()]
     try:
         call()
     finally:
