@@ -172,10 +172,10 @@ FLEXTOK_RELEASED = {**flextok(), "autoencoder": KL, "image_size": 16}
 CASES = {
     "diffusers kl": ("diffusers", {"autoencoder": KL, "image_size": 16}),
     "diffusers vq": ("diffusers", {"autoencoder": VQ, "image_size": 16}),
-    "llamagen": ("llamagen_vq", LLAMAGEN),
-    "titok": ("titok_published", TITOK),
-    "titok pixels": ("titok_published", {**TITOK_PIXELS, "unit_length": False}),
-    "titok vae": ("titok_published", {**TITOK_PIXELS, "quantize_mode": "vae"}),
+    "llamagen published": ("llamagen_vq", LLAMAGEN),
+    "titok published": ("titok_published", TITOK),
+    "titok published pixels": ("titok_published", {**TITOK_PIXELS, "unit_length": False}),
+    "titok published vae": ("titok_published", {**TITOK_PIXELS, "quantize_mode": "vae"}),
     "flextok released": (
         "flextok_published",
         {**FLEXTOK_RELEASED, "solver": {"num_steps": 2, "guidance_scale": 2.0}},
