@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from flowrl import yamlio
 from flowrl.calls import check_call
 from flowrl.errors import ConfigError
@@ -80,7 +82,7 @@ def _layers(path: Path, above: tuple[Path, ...]) -> list[tuple[Path, dict[str, A
     return [*_layers(below, above), (path, data)]
 
 
-def _defaults(model: type[Record]) -> dict[str, Any]:
+def _defaults(model: type[BaseModel]) -> dict[str, Any]:
     """All defaults as plain data, so that an interpolation may name a key that no file sets."""
     data: dict[str, Any] = {}
     for key, field in fields(model):
