@@ -70,6 +70,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "flowrl.sweep": ("flowrl.train", "flowrl.data.seeds", *RECORDS, *CONFIG),
     "flowrl.tokenizer": (
         *SIBLINGS,
+        "flowrl.__version__",
         "flowrl.data.seeds",
         "flowrl.precision",
         "flowrl.train",
