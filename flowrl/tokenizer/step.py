@@ -67,8 +67,8 @@ class AdversaryNetwork(nn.Module):
             for name, addon in self._addons.items()
         }
         losses = {name: loss for name, loss in found.items() if loss is not None}
-        if not losses:
-            return images.new_zeros(()), {}
+        if not losses:  # DDP waits for a backward after every forward: of nothing, then
+            return 0.0 * torch.stack([p.sum() for p in self.parameters()]).sum(), {}
         return torch.stack(list(losses.values())).sum(), losses
 
 
@@ -154,14 +154,15 @@ class Learner:
                 sums[name] = sums.get(name, 0.0) + float(value)
         means = self._mean(sums)
         self._refuse_nonfinite(means, step)
-        halves = [self.main, self.adversary] if judged else [self.main]
-        norms = [self._clip(half, step) for half in halves if half is not None]
+        halves = [self.main] if self.adversary is None else [self.main, self.adversary]
+        moved = halves if judged else [self.main]
+        norms = [self._clip(half, step) for half in moved]
         means["grad_norm"] = norms[0]
+        for half in moved:
+            half.optimizer.step()
+            half.schedule.step()
         for half in halves:
-            if half is not None:
-                half.optimizer.step()
-                half.schedule.step()
-                half.optimizer.zero_grad(set_to_none=True)
+            half.optimizer.zero_grad(set_to_none=True)
         self.weights.update_ema(step)
         return means
 
@@ -172,8 +173,7 @@ class Learner:
         self._adversary_learns(True)
         with self._last(half, is_last):
             loss, losses = half.network(images, output, progress)
-            if losses:
-                self.accelerator.backward(loss / len(self.cut.own))
+            self.accelerator.backward(loss / len(self.cut.own))
         return {f"adversary/{name}": value.detach() for name, value in losses.items()}
 
     def _adversary_learns(self, flag: bool) -> None:

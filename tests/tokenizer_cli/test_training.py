@@ -285,6 +285,7 @@ def test_two_processes_compute_the_gradients_of_one(tmp_path):
         "addons": [{**CRITIC, "args": {"start": 0.4}}],  # rests for two steps of four
         "run": {"steps": 4},
         "optim": {"lr": 1e-3},
+        "compute": {"batch_size": 8, "micro_batch_size": 2},  # so that gradients add up first
     }
     for name, processes in (("one", 1), ("two", 2)):
         launch(tmp_path / name, processes, **sections)
