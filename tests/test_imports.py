@@ -76,7 +76,6 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "flowrl.train",
         *RECORDS,
         *CONFIG,
-        "flowrl.__version__",
     ),
     "flowrl.toys": ("flowrl.functional", *RECORDS),
     # What a reward returns is checked by the trainer's own gate.
