@@ -55,6 +55,8 @@ class Command:
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
+            # A shell's background job, such as a whole run of the tests, ignores it otherwise.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         assert self.process.stdout is not None
         self.line = self.process.stdout.readline()
