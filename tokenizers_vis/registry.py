@@ -37,6 +37,7 @@ TOKENIZERS = {
     "titok_published": "tokenizers_vis.published.titok:PublishedTiTok",
 }
 PLUGINS = "flowrl.tokenizers"  # the entry-point group in which other distributions register theirs
+_EMBEDDED = Path(__file__).parent / "weights"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
@@ -116,7 +117,7 @@ def load_pretrained(source: Path | str, *, revision: str | None = None) -> Visua
     """The tokenizer of a folder or of a Hub id, in evaluation mode, on the CPU.
 
     Args:
-        source: what `save_pretrained` wrote, or "NAME:SOURCE" for a checkpoint that others
+        source: what `save_pretrained` wrote, a name of `embedded()`, or "NAME:SOURCE" for a checkpoint that others
             published and the tokenizer of that name reads, e.g. "titok_published:yucornetto/...".
         revision: on the Hub.
 
@@ -140,13 +141,23 @@ def load_pretrained(source: Path | str, *, revision: str | None = None) -> Visua
     return tokenizer.eval()
 
 
+def embedded() -> tuple[str, ...]:
+    """The names of the trained tokenizers that live in this package."""
+    return tuple(sorted(folder.name for folder in _EMBEDDED.glob("*") if folder.is_dir()))
+
+
 def _folder_of(source: Path | str, revision: str | None) -> Path:
     """The local folder of a source, downloaded if it is a Hub id."""
     folder = Path(source)
     if folder.is_dir():
         return folder
+    if str(source) in embedded():
+        return _EMBEDDED / source
     if str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
-        raise FileNotFoundError(f"{source}: there is no such folder, and it is no Hub id")
+        ours = ", ".join(embedded())
+        raise FileNotFoundError(
+            f"{source}: there is no such folder, and it is no Hub id, nor one of ours ({ours})"
+        )
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(str(source), revision=revision, allow_patterns=[CONFIG, WEIGHTS]))
