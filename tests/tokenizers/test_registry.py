@@ -3,12 +3,15 @@
 import json
 import pathlib
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rewards.shapes.grammar import sample_scene, split
+from rewards.shapes.render import render
 from tests.tokenizers.test_contract import tiny
-from tokenizers_vis.registry import load_pretrained, make_tokenizer, save_pretrained
+from tokenizers_vis.registry import embedded, load_pretrained, make_tokenizer, save_pretrained
 from tokenizers_vis.weights import load_tensors
 
 
@@ -92,3 +95,18 @@ def test_a_torch_file_with_other_objects_is_not_opened(tmp_path):
     torch.save({"model": {}, "args": pathlib.PurePosixPath("a")}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match="more than tensors"):
         load_tensors(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("name", embedded())
+def test_a_tokenizer_of_ours_gives_scenes_back(name):
+    """By its name alone; the bound lies well below what its README says it reaches."""
+    rng = np.random.default_rng(5)
+    asked = split("colors", held_out=True)[:8]
+    drawn = np.stack([render(sample_scene(request, rng), rng) for request in asked])
+    images = torch.from_numpy(drawn)
+    tokenizer = load_pretrained(name)
+    with torch.no_grad():
+        again = tokenizer.decode(tokenizer.encode(images))
+    error = float((again - images).square().mean())
+    spread = float((images - images.mean((2, 3), keepdim=True)).square().mean())
+    assert error < 0.2 * spread
