@@ -21,7 +21,7 @@ from tokenizers_vis.blocks import (
     time_embedding,
 )
 from tokenizers_vis.latents import Stage0
-from tokenizers_vis.quantizers.base import LossTerm
+from tokenizers_vis.quantizers.base import LossTerm, Quantized
 from tokenizers_vis.quantizers.library import Fsq
 from tokenizers_vis.tokenizer import Solver, TokenizerOutput, VisualTokenizer
 from tokenizers_vis.tokens import Tokens, grid_layout, register_layout
@@ -179,9 +179,8 @@ class FlexTok(VisualTokenizer):
         registers = self.registers.expand(len(patches), -1, -1)
         x = torch.cat([self.patch_in(patches) + self.patch_place, registers], dim=1)
         x = self.encoder(x, mask=self.encoder_mask, coords=self.coords)
-        found = self.quantizer(x[:, self.num_patches :])
-        mask = torch.ones(found.embeddings.shape[:2], dtype=torch.bool, device=x.device)
-        return Tokens(found.embeddings, mask, self.layout, found.ids, found.features)
+        found: Quantized = self.quantizer(x[:, self.num_patches :])
+        return found.tokens(self.layout)
 
     def _decode(
         self, tokens: Tokens, *, solver: Solver | None, generator: torch.Generator | None

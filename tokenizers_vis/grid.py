@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from tokenizers_vis.convs import ConvDecoder, ConvEncoder
-from tokenizers_vis.quantizers.base import LossTerm, Quantizer
+from tokenizers_vis.quantizers.base import Quantized, Quantizer
 from tokenizers_vis.quantizers.binary import GroupedBinary
 from tokenizers_vis.quantizers.gaussian import Gaussian
 from tokenizers_vis.quantizers.library import Fsq, Lfq, Vq
-from tokenizers_vis.tokenizer import Solver, TokenizerOutput, VisualTokenizer
+from tokenizers_vis.tokenizer import Solver, TokenizerOutput, VisualTokenizer, pixel_losses
 from tokenizers_vis.tokens import Tokens, grid_layout
 
 
@@ -92,20 +92,20 @@ class GridTokenizer(VisualTokenizer):
         found = self.quantizer(
             self._features(images), progress=progress, sample=True, generator=generator
         )
-        tokens = self._tokens(found.embeddings, found.ids, found.features)
+        tokens = found.tokens(self.layout)
         drawn = self._image(found.embeddings)
-        losses = {
-            "pixel_l1": LossTerm(self.config.pixel_l1, (drawn - images).abs().mean()),
-            "pixel_l2": LossTerm(self.config.pixel_l2, (drawn - images).square().mean()),
-        }
+        config = self.config
+        losses = pixel_losses(drawn, images, l1=config.pixel_l1, l2=config.pixel_l2)
         output = TokenizerOutput(tokens, losses, drawn, found.metrics)
         return output.with_losses(found.losses)
 
     def _encode(
         self, images: Tensor, num_tokens: int, *, sample: bool, generator: torch.Generator | None
     ) -> Tokens:
-        found = self.quantizer(self._features(images), sample=sample, generator=generator)
-        return self._tokens(found.embeddings, found.ids, found.features)
+        found: Quantized = self.quantizer(
+            self._features(images), sample=sample, generator=generator
+        )
+        return found.tokens(self.layout)
 
     def _decode(
         self, tokens: Tokens, *, solver: Solver | None, generator: torch.Generator | None
@@ -120,10 +120,6 @@ class GridTokenizer(VisualTokenizer):
         side = self.layout.segments[0].shape
         grid = embeddings.transpose(1, 2).unflatten(2, side)
         return (self.decoder(grid) + 1) / 2
-
-    def _tokens(self, embeddings: Tensor, ids: Tensor | None, features: Tensor) -> Tokens:
-        mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
-        return Tokens(embeddings, mask, self.layout, ids, features)
 
 
 def _quantizer(config: GridConfig) -> Quantizer:

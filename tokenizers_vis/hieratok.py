@@ -23,7 +23,7 @@ from tokenizers_vis.blocks import (
 )
 from tokenizers_vis.quantizers.base import LossTerm, Quantized
 from tokenizers_vis.quantizers.gaussian import Gaussian
-from tokenizers_vis.tokenizer import Solver, TokenizerOutput, VisualTokenizer
+from tokenizers_vis.tokenizer import Solver, TokenizerOutput, VisualTokenizer, pixel_losses
 from tokenizers_vis.tokens import Tokens, scale_layout
 
 
@@ -127,16 +127,14 @@ class HieraTok(VisualTokenizer):
     ) -> TokenizerOutput:
         self.check_samples(images)
         found = self._latents(images, progress=progress, sample=True, generator=generator)
-        tokens = self._tokens(found)
+        tokens = found.tokens(self.layout)
         if num_tokens is not None:
             tokens = tokens.keep(num_tokens)
         scales = self._scales(tokens)
         kept = self._last_scale(tokens.mask)
         drawn = self._read_out(scales[kept, torch.arange(len(images), device=kept.device)])
-        losses = {
-            "pixel_l1": LossTerm(self.config.pixel_l1, (drawn - images).abs().mean()),
-            "pixel_l2": LossTerm(self.config.pixel_l2, (drawn - images).square().mean()),
-        }
+        config = self.config
+        losses = pixel_losses(drawn, images, l1=config.pixel_l1, l2=config.pixel_l2)
         if self.config.auxiliary and len(self.config.scales) > 1:
             error = self._coarse_error(scales[:-1], kept, images)
             losses["auxiliary"] = LossTerm(self.config.auxiliary, error)
@@ -145,7 +143,7 @@ class HieraTok(VisualTokenizer):
     def _encode(
         self, images: Tensor, num_tokens: int, *, sample: bool, generator: torch.Generator | None
     ) -> Tokens:
-        return self._tokens(self._latents(images, sample=sample, generator=generator))
+        return self._latents(images, sample=sample, generator=generator).tokens(self.layout)
 
     def _decode(
         self, tokens: Tokens, *, solver: Solver | None, generator: torch.Generator | None
@@ -217,11 +215,6 @@ class HieraTok(VisualTokenizer):
 
     def _patch_coords(self) -> Tensor:
         return self.coords[self.layout.slice_of(-1)]
-
-    def _tokens(self, found: Quantized) -> Tokens:
-        embeddings = found.embeddings
-        mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
-        return Tokens(embeddings, mask, self.layout, None, found.features)
 
 
 def _as_grid(features: Tensor, side: int) -> Tensor:

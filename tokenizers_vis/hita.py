@@ -18,7 +18,7 @@ from tokenizers_vis.blocks import Transformer, causal_mask
 from tokenizers_vis.convs import ConvDecoder, ConvEncoder
 from tokenizers_vis.quantizers.base import LossTerm
 from tokenizers_vis.quantizers.library import Vq
-from tokenizers_vis.tokenizer import Solver, TokenizerOutput, VisualTokenizer
+from tokenizers_vis.tokenizer import Solver, TokenizerOutput, VisualTokenizer, pixel_losses
 from tokenizers_vis.tokens import Segment, TokenLayout, Tokens
 
 
@@ -145,10 +145,8 @@ class Hita(VisualTokenizer):
         drawn = self._image(tokens.embeddings)
         hard = 1 - self.soft_share(progress)
         losses = {name: LossTerm(hard * term.weight, term.value) for name, term in losses.items()}
-        pixels = {
-            "pixel_l1": LossTerm(self.config.pixel_l1, (drawn - images).abs().mean()),
-            "pixel_l2": LossTerm(self.config.pixel_l2, (drawn - images).square().mean()),
-        }
+        config = self.config
+        pixels = pixel_losses(drawn, images, l1=config.pixel_l1, l2=config.pixel_l2)
         return TokenizerOutput(tokens, pixels, drawn).with_losses(losses)
 
     def softened(

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenizers_vis.blocks import Transformer
-from tokenizers_vis.quantizers.base import LossTerm, Quantized, Quantizer
-from tokenizers_vis.tokenizer import Solver, TokenizerOutput, VisualTokenizer
+from tokenizers_vis.quantizers.base import Quantized, Quantizer
+from tokenizers_vis.tokenizer import Solver, TokenizerOutput, VisualTokenizer, pixel_losses
 from tokenizers_vis.tokens import Tokens, register_layout
 
 
@@ -227,33 +227,24 @@ class HolisticTokenizer(VisualTokenizer):
         found = self.quantizer(
             self.encoder(images), progress=progress, sample=True, generator=generator
         )
-        tokens = self._tokens(found)
+        tokens = found.tokens(self.layout)
         if num_tokens is not None:
             tokens = tokens.keep(num_tokens)
         drawn = self.decoder(tokens.embeddings, tokens.mask)
-        losses = {
-            "pixel_l1": LossTerm(self.config.pixel_l1, (drawn - images).abs().mean()),
-            "pixel_l2": LossTerm(self.config.pixel_l2, (drawn - images).square().mean()),
-        }
+        config = self.config
+        losses = pixel_losses(drawn, images, l1=config.pixel_l1, l2=config.pixel_l2)
         return TokenizerOutput(tokens, losses, drawn, found.metrics).with_losses(found.losses)
 
     def _encode(
         self, images: Tensor, num_tokens: int, *, sample: bool, generator: torch.Generator | None
     ) -> Tokens:
-        return self._tokens(
-            self.quantizer(self.encoder(images), sample=sample, generator=generator)
-        )
+        found: Quantized = self.quantizer(self.encoder(images), sample=sample, generator=generator)
+        return found.tokens(self.layout)
 
     def _decode(
         self, tokens: Tokens, *, solver: Solver | None, generator: torch.Generator | None
     ) -> Tensor:
         return self.decoder(tokens.embeddings, tokens.mask)  # type: ignore[no-any-return]
-
-    def _tokens(self, found: Quantized) -> Tokens:
-        mask = torch.ones(
-            found.embeddings.shape[:2], dtype=torch.bool, device=found.embeddings.device
-        )
-        return Tokens(found.embeddings, mask, self.layout, found.ids, found.features)
 
 
 def sincos_places(shape: Sequence[int], dim: int) -> Tensor:

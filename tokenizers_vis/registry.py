@@ -117,8 +117,9 @@ def load_pretrained(source: Path | str, *, revision: str | None = None) -> Visua
     """The tokenizer of a folder or of a Hub id, in evaluation mode, on the CPU.
 
     Args:
-        source: what `save_pretrained` wrote, a name of `embedded()`, or "NAME:SOURCE" for a checkpoint that others
-            published and the tokenizer of that name reads, e.g. "titok_published:yucornetto/...".
+        source: what `save_pretrained` wrote, a name of `embedded()`, or "NAME:SOURCE" for a
+            checkpoint that others published and the tokenizer of that name reads, e.g.
+            "titok_published:yucornetto/...".
         revision: on the Hub.
 
     Raises:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from tokenizers_vis.blocks import Transformer
 from tokenizers_vis.convs import ConvDecoder, ConvEncoder
-from tokenizers_vis.quantizers.base import LossTerm
+from tokenizers_vis.quantizers.base import LossTerm, Quantized
 from tokenizers_vis.quantizers.multiscale import MultiScale
 from tokenizers_vis.quantizers.shared import SharedIndexVq
 from tokenizers_vis.teachers import Teacher, cosine_distance, on_grid
-from tokenizers_vis.tokenizer import Solver, TokenizerOutput, VisualTokenizer
+from tokenizers_vis.tokenizer import Solver, TokenizerOutput, VisualTokenizer, pixel_losses
 from tokenizers_vis.tokens import Tokens, grid_layout, scale_layout
 
 
@@ -179,14 +179,12 @@ class TokenFlow(VisualTokenizer):
         found = self.quantizer(
             self._features(images), progress=progress, sample=True, generator=generator
         )
-        tokens = self._tokens(found.embeddings, found.ids, found.features)
+        tokens = found.tokens(self.layout)
         if num_tokens is not None:
             tokens = tokens.keep(num_tokens)
         drawn = self._image(tokens)
-        losses = {
-            "pixel_l1": LossTerm(self.config.pixel_l1, (drawn - images).abs().mean()),
-            "pixel_l2": LossTerm(self.config.pixel_l2, (drawn - images).square().mean()),
-        }
+        config = self.config
+        losses = pixel_losses(drawn, images, l1=config.pixel_l1, l2=config.pixel_l2)
         for teacher in self._teacher:
             wanted = on_grid(teacher(images), self.config.scales[-1])
             error = cosine_distance(self.semantics(tokens), wanted).mean()
@@ -211,8 +209,10 @@ class TokenFlow(VisualTokenizer):
     def _encode(
         self, images: Tensor, num_tokens: int, *, sample: bool, generator: torch.Generator | None
     ) -> Tokens:
-        found = self.quantizer(self._features(images), sample=sample, generator=generator)
-        return self._tokens(found.embeddings, found.ids, found.features)
+        found: Quantized = self.quantizer(
+            self._features(images), sample=sample, generator=generator
+        )
+        return found.tokens(self.layout)
 
     def _decode(
         self, tokens: Tokens, *, solver: Solver | None, generator: torch.Generator | None
@@ -231,10 +231,6 @@ class TokenFlow(VisualTokenizer):
         side = self.config.scales[-1]
         grid = assembled.transpose(1, 2).unflatten(2, (side, side))
         return (self.pixel_decoder(grid) + 1) / 2
-
-    def _tokens(self, embeddings: Tensor, ids: Tensor | None, features: Tensor) -> Tokens:
-        mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
-        return Tokens(embeddings, mask, self.layout, ids, features)
 
 
 def _side(config: TokenFlowConfig) -> int:

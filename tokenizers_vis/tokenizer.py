@@ -72,6 +72,14 @@ class TokenizerOutput:
         return replace(self, losses={**self.losses, **losses})
 
 
+def pixel_losses(drawn: Tensor, images: Tensor, *, l1: float, l2: float) -> dict[str, LossTerm]:
+    """Mean absolute and mean squared error of reconstructions, with their weights."""
+    return {
+        "pixel_l1": LossTerm(l1, (drawn - images).abs().mean()),
+        "pixel_l2": LossTerm(l2, (drawn - images).square().mean()),
+    }
+
+
 class VisualTokenizer(nn.Module, ABC):
     """Base of all tokenizers. A tokenizer has a frozen record of its numbers, `Config`.
 

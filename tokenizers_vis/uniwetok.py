@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from tokenizers_vis.hybrid import HybridDecoder, HybridEncoder
-from tokenizers_vis.quantizers.base import LossTerm, Quantized
+from tokenizers_vis.quantizers.base import Quantized
 from tokenizers_vis.quantizers.binary import GroupedBinary
-from tokenizers_vis.tokenizer import Solver, TokenizerOutput, VisualTokenizer
+from tokenizers_vis.tokenizer import Solver, TokenizerOutput, VisualTokenizer, pixel_losses
 from tokenizers_vis.tokens import TokenLayout, Tokens, grid_layout
 
 _DECODER_SEED = 0  # of the noise, where the caller gives no generator
@@ -162,19 +162,17 @@ class UniWeTok(VisualTokenizer):
     ) -> TokenizerOutput:
         self.check_samples(images)
         found = self._quantized(images)
-        tokens = self._tokens(images, found)
+        tokens = found.tokens(self.layout_of(*images.shape[2:]))
         drawn = self._image(found.embeddings, tokens.layout, generator)
-        losses = {
-            "pixel_l1": LossTerm(self.config.pixel_l1, (drawn - images).abs().mean()),
-            "pixel_l2": LossTerm(self.config.pixel_l2, (drawn - images).square().mean()),
-        }
+        config = self.config
+        losses = pixel_losses(drawn, images, l1=config.pixel_l1, l2=config.pixel_l2)
         output = TokenizerOutput(tokens, losses, drawn, found.metrics)
         return output.with_losses(found.losses)
 
     def _encode(
         self, images: Tensor, num_tokens: int, *, sample: bool, generator: torch.Generator | None
     ) -> Tokens:
-        return self._tokens(images, self._quantized(images))
+        return self._quantized(images).tokens(self.layout_of(*images.shape[2:]))
 
     def _decode(
         self, tokens: Tokens, *, solver: Solver | None, generator: torch.Generator | None
@@ -186,11 +184,6 @@ class UniWeTok(VisualTokenizer):
     def _quantized(self, images: Tensor) -> Quantized:
         grid = self.encoder(images * 2 - 1)
         return self.quantizer(grid.flatten(2).transpose(1, 2))  # type: ignore[no-any-return]
-
-    def _tokens(self, images: Tensor, found: Quantized) -> Tokens:
-        mask = torch.ones(found.embeddings.shape[:2], dtype=torch.bool, device=images.device)
-        layout = self.layout_of(*images.shape[2:])
-        return Tokens(found.embeddings, mask, layout, found.ids, found.features)
 
     def _image(
         self, embeddings: Tensor, layout: TokenLayout, generator: torch.Generator | None

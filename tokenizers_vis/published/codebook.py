@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tokenizers_vis.quantizers.base import LossTerm, Quantized, Quantizer, masked_mean
 from tokenizers_vis.tokenizer import TokenizerOutput
-from tokenizers_vis.tokens import Codebook, TokenLayout, Tokens
+from tokenizers_vis.tokens import Codebook, TokenLayout
 
 
 class CodeTable(Quantizer):
@@ -78,13 +78,6 @@ class CodeTable(Quantizer):
         return F.embedding(ids, self.codes)
 
 
-def tokens_of(found: Quantized, layout: TokenLayout) -> Tokens:
-    """All tokens of a quantised image."""
-    shape = found.embeddings.shape[:2]
-    mask = torch.ones(shape, dtype=torch.bool, device=found.embeddings.device)
-    return Tokens(found.embeddings, mask, layout, found.ids, found.features)
-
-
 def reconstruction_output(
     images: Tensor, drawn: Tensor, found: Quantized, layout: TokenLayout
 ) -> TokenizerOutput:
@@ -93,5 +86,5 @@ def reconstruction_output(
     The published recipes add perceptual and adversarial losses: here these are add-ons.
     """
     losses = {"pixel_l2": LossTerm(1.0, (drawn - images).square().mean())}
-    output = TokenizerOutput(tokens_of(found, layout), losses, drawn, found.metrics)
+    output = TokenizerOutput(found.tokens(layout), losses, drawn, found.metrics)
     return output.with_losses(found.losses)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenizers_vis.published.codebook import reconstruction_output, tokens_of
+from tokenizers_vis.published.codebook import reconstruction_output
 from tokenizers_vis.published.sources import split_hub_id
 from tokenizers_vis.quantizers.base import LossTerm, Quantized
 from tokenizers_vis.tokenizer import Solver, TokenizerOutput, VisualTokenizer
@@ -129,7 +129,7 @@ class DiffusersGrid(VisualTokenizer):
     def _encode(
         self, images: Tensor, num_tokens: int, *, sample: bool, generator: torch.Generator | None
     ) -> Tokens:
-        return tokens_of(self._found(images, sample=sample, generator=generator), self.layout)
+        return self._found(images, sample=sample, generator=generator).tokens(self.layout)
 
     def _decode(
         self, tokens: Tokens, *, solver: Solver | None, generator: torch.Generator | None

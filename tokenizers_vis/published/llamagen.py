@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tokenizers_vis.published.codebook import CodeTable, reconstruction_output, tokens_of
+from tokenizers_vis.published.codebook import CodeTable, reconstruction_output
 from tokenizers_vis.published.sources import count_of, find_file
 from tokenizers_vis.published.vqgan import Decoder, Encoder
 from tokenizers_vis.quantizers.base import Quantized
@@ -122,7 +122,7 @@ class LlamaGenVq(VisualTokenizer):
     def _encode(
         self, images: Tensor, num_tokens: int, *, sample: bool, generator: torch.Generator | None
     ) -> Tokens:
-        return tokens_of(self._found(images), self.layout)
+        return self._found(images).tokens(self.layout)
 
     def _decode(
         self, tokens: Tokens, *, solver: Solver | None, generator: torch.Generator | None

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tokenizers_vis.published.codebook import CodeTable, reconstruction_output, tokens_of
+from tokenizers_vis.published.codebook import CodeTable, reconstruction_output
 from tokenizers_vis.published.sources import count_of, find_file
 from tokenizers_vis.published.titok_parts import ProxyDecoder, TiTokDecoder, TiTokEncoder
 from tokenizers_vis.quantizers.base import LossTerm, Quantized, Quantizer, masked_mean
@@ -197,7 +197,7 @@ class PublishedTiTok(VisualTokenizer):
     def _encode(
         self, images: Tensor, num_tokens: int, *, sample: bool, generator: torch.Generator | None
     ) -> Tokens:
-        return tokens_of(self._found(images, sample=sample, generator=generator), self.layout)
+        return self._found(images, sample=sample, generator=generator).tokens(self.layout)
 
     def _decode(
         self, tokens: Tokens, *, solver: Solver | None, generator: torch.Generator | None

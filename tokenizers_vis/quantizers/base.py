@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokenizers_vis.tokens import Codebook
+from tokenizers_vis.tokens import Codebook, TokenLayout, Tokens
 
 
 class LossTerm(NamedTuple):
@@ -41,6 +41,12 @@ class Quantized:
     ids: Tensor | None = None
     losses: dict[str, LossTerm] = field(default_factory=dict)
     metrics: dict[str, Tensor] = field(default_factory=dict)
+
+    def tokens(self, layout: TokenLayout) -> Tokens:
+        """All of them, as they stand in the layout."""
+        shape = self.embeddings.shape[:2]
+        mask = torch.ones(shape, dtype=torch.bool, device=self.embeddings.device)
+        return Tokens(self.embeddings, mask, layout, self.ids, self.features)
 
 
 class Quantizer(nn.Module, ABC):

@@ -129,6 +129,8 @@ class Lfq(Quantizer):
         commitment: float = 0.1,
     ) -> None:
         check_groups(num_bits, group_bits)
+        if entropy <= 0:  # the library weighs the commitment by it
+            raise ValueError(f"the weight of the entropy must be above 0, got {entropy}")
         super().__init__(Codebook("lfq", num_bits, 2**group_bits, num_bits // group_bits))
         self.entropy = entropy
         self.project = nn.Sequential(nn.LayerNorm(in_dim), nn.Linear(in_dim, num_bits))
