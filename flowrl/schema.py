@@ -17,43 +17,45 @@ Unit = Annotated[float, Field(ge=0, lt=1)]
 Args = dict[str, Any]
 
 
-def folder_name(name: str) -> str:
-    """A run's name, if it can be a folder's; otherwise a ValueError that says so."""
-    if name in (".", "..") or "/" in name or "\\" in name:
-        raise ValueError(
-            f"run.name must be a plain folder name, got {name!r}; put the path into run.output_dir"
-        )
-    return name
-
-
-class RunConfig(Record):
-    """What the run is called, where it writes and how long it lasts."""
+class RunRecord(Record):
+    """What any run is called, where it writes and how long it lasts."""
 
     name: str = Field(min_length=1, description="name of the run and of its folder in output_dir")
     output_dir: str = Field(
         default="runs", min_length=1, description="folder that holds the run's folder"
     )
     seed: int = Field(default=0, ge=0, description="seed from which every random number is derived")
-    steps: int = Field(ge=1, description="training steps; one step is one rollout")
+    steps: int = Field(ge=1, description="optimiser steps")
     resume: str | None = Field(
         default=None, min_length=1, description="checkpoint to go on from: 'latest' or its folder"
     )
     max_minutes: float | None = Field(
         default=None,
         gt=0,
-        description="stop, save, evaluate and report after this much training, minutes",
+        description="stop, save, evaluate and write the results after this much training, minutes",
     )
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_folder_name(cls, name: str) -> str:
+        if name in (".", "..") or "/" in name or "\\" in name:
+            raise ValueError(
+                f"run.name must be a plain folder name, got {name!r}; put the path into "
+                "run.output_dir"
+            )
+        return name
+
+
+class RunConfig(RunRecord):
+    """What the run is called, where it writes and how long it lasts."""
+
+    steps: int = Field(ge=1, description="training steps; one step is one rollout")
     max_evaluations: int | None = Field(
         default=None,
         ge=1,
         description="stop, save, evaluate and report after so many network evaluations, those of "
         "rollout and training together; guidance counts as two",
     )
-
-    @field_validator("name")
-    @classmethod
-    def _is_a_folder_name(cls, name: str) -> str:
-        return folder_name(name)
 
 
 class LoraConfig(Record):
@@ -307,8 +309,8 @@ class MonitorConfig(Record):
     )
 
 
-class TrackConfig(Record):
-    """Where metrics go besides metrics.jsonl."""
+class TrackRecord(Record):
+    """Where metrics of any run go besides metrics.jsonl."""
 
     trackers: tuple[Literal["wandb", "tensorboard"], ...] = Field(
         default=(), description="accelerate's trackers to write to"
@@ -322,11 +324,16 @@ class TrackConfig(Record):
         min_length=1,
         description="W&B's group of runs, e.g. of one method over several seeds",
     )
-    image_every: int = Field(
-        default=0, ge=0, description="training steps between two grids of rollouts, 0 = none"
-    )
     log_every: int = Field(
         default=1, ge=1, description="training steps between two lines of metrics"
+    )
+
+
+class TrackConfig(TrackRecord):
+    """Where metrics go besides metrics.jsonl."""
+
+    image_every: int = Field(
+        default=0, ge=0, description="training steps between two grids of rollouts, 0 = none"
     )
 
 

@@ -70,8 +70,7 @@ def _eval(
     """Measure tokenizers on held-out images: distortion, rate, use of codes, probes, speed."""
     from flowrl.commands import tokenizer_eval_tools
 
-    tokenizer_eval_tools.evaluate_all(
-        tokenizers,
+    options = tokenizer_eval_tools.EvalOptions(
         data=data,
         out=out,
         name=name,
@@ -87,6 +86,7 @@ def _eval(
         batch_size=batch_size,
         seed=seed,
     )
+    tokenizer_eval_tools.evaluate_all(tokenizers, options)
 
 
 def _report(

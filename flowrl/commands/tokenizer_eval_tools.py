@@ -3,38 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowrl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from flowrl.tokenizer.evaluation.evaluate import Record
+    from flowrl.tokenizer.evaluation.evaluate import Evaluation, Record, Settings
+    from flowrl.tokenizer.evaluation.features import FeatureNetwork
+    from flowrl.tokenizer.evaluation.perceptual import Lpips
 
 
-def evaluate_all(
-    sources: Sequence[str],
-    *,
-    data: str,
-    out: Path,
-    name: str | None,
-    num_images: int,
-    num_train: int,
-    num_tokens: str | None,
-    num_steps: int | None,
-    guidance_scale: float | None,
-    features: str,
-    lpips: str | None,
-    lpips_backbone: str | None,
-    ar_steps: int,
-    batch_size: int,
-    seed: int,
-) -> None:
-    """Measures tokenizers one after the other; each gets a folder in OUT, replaced if it is there.
+@dataclass(frozen=True)
+class EvalOptions:
+    """What `flowrl tokenizer eval` was told.
 
-    Args:
-        sources: folders of tokenizers, of their runs, or Hub ids.
+    Attributes:
         data: "shapes", a folder of images or a Hugging Face data set.
         out: folder that gets a folder per tokenizer.
         name: of the only tokenizer; None = by its source.
@@ -49,52 +34,88 @@ def evaluate_all(
         ar_steps: of the autoregressive probe; 0 = it is left out.
         batch_size: images per forward.
         seed: of everything that is drawn.
+    """
+
+    data: str
+    out: Path
+    name: str | None
+    num_images: int
+    num_train: int
+    num_tokens: str | None
+    num_steps: int | None
+    guidance_scale: float | None
+    features: str
+    lpips: str | None
+    lpips_backbone: str | None
+    ar_steps: int
+    batch_size: int
+    seed: int
+
+
+def evaluate_all(sources: Sequence[str], options: EvalOptions) -> None:
+    """Measures tokenizers one after the other; each gets a folder in OUT, replaced if it is there.
+
+    Args:
+        sources: folders of tokenizers, of their runs, or Hub ids.
+        options: how.
 
     Raises:
         ConfigError: a source, a name or a number that does not fit.
     """
-    names = [name] if name is not None else [name_of(source) for source in sources]
+    names = [options.name] if options.name is not None else [name_of(each) for each in sources]
     if len(set(names)) < len(sources):
         raise ConfigError(
             f"{len(sources)} tokenizers would be called {', '.join(names)}; evaluate them one by "
             "one, with --name"
         )
-    counts = None if num_tokens is None else _numbers(num_tokens)
-    from flowrl.commands.tokenizer_tools import load_tokenizer
+    counts = None if options.num_tokens is None else _numbers(options.num_tokens)
     from flowrl.tokenizer.evaluation.ar_probe import ArSettings
-    from flowrl.tokenizer.evaluation.evaluate import Settings, evaluate
+    from flowrl.tokenizer.evaluation.evaluate import Settings
     from flowrl.tokenizer.evaluation.features import load_features
     from flowrl.tokenizer.evaluation.page import file_name, write_evaluation
     from flowrl.tokenizer.evaluation.perceptual import load_lpips
-    from flowrl.tokenizer.evaluation.samples import load_samples
 
     device = _device()
-    network = load_features(features, device=device)
-    distance = None if lpips is None else load_lpips(lpips, lpips_backbone, device=device)
-    ar = ArSettings(steps=ar_steps) if ar_steps else None
-    settings = Settings(counts=counts, batch_size=batch_size, seed=seed, ar=ar)
+    features = load_features(options.features, device=device)
+    lpips = None
+    if options.lpips is not None:
+        lpips = load_lpips(options.lpips, options.lpips_backbone, device=device)
+    ar = ArSettings(steps=options.ar_steps) if options.ar_steps else None
+    settings = Settings(counts=counts, batch_size=options.batch_size, seed=options.seed, ar=ar)
     for source, title in zip(sources, names, strict=True):
-        tokenizer = load_tokenizer(source)[0].to(device)
-        if len(tokenizer.sample_shape) != 3:
-            raise ConfigError(
-                f"{source} takes clips {list(tokenizer.sample_shape)}; there is no source of clips"
-            )
-        size = (tokenizer.sample_shape[1], tokenizer.sample_shape[2])
-        held_out, train = load_samples(
-            data, size, num_held_out=num_images, num_train=num_train, seed=seed
-        )
-        solver = solver_of(tokenizer, num_steps, guidance_scale)
-        result = evaluate(
-            tokenizer,
-            held_out,
-            train,
-            features=network,
-            lpips=distance,
-            settings=replace(settings, solver=solver),
-        )
-        file = write_evaluation(result, out / file_name(title), name=title, source=source)
+        result = _evaluated(source, options, features, lpips, settings, device)
+        file = write_evaluation(result, options.out / file_name(title), name=title, source=source)
         _say(f"{title}: {summary(result.record)}")
         _say(str(file))
+
+
+def _evaluated(
+    source: str,
+    options: EvalOptions,
+    features: FeatureNetwork,
+    lpips: Lpips | None,
+    settings: Settings,
+    device: str,
+) -> Evaluation:
+    from flowrl.commands.tokenizer_tools import load_tokenizer
+    from flowrl.tokenizer.evaluation.evaluate import evaluate
+    from flowrl.tokenizer.evaluation.samples import load_samples
+
+    tokenizer = load_tokenizer(source)[0].to(device)
+    if len(tokenizer.sample_shape) != 3:
+        raise ConfigError(
+            f"{source} takes clips {list(tokenizer.sample_shape)}; there is no source of clips"
+        )
+    held_out, train = load_samples(
+        options.data,
+        (tokenizer.sample_shape[1], tokenizer.sample_shape[2]),
+        num_held_out=options.num_images,
+        num_train=options.num_train,
+        seed=options.seed,
+    )
+    solver = solver_of(tokenizer, options.num_steps, options.guidance_scale)
+    settings = replace(settings, solver=solver)
+    return evaluate(tokenizer, held_out, train, features=features, lpips=lpips, settings=settings)
 
 
 def report(evaluations: Sequence[Path], *, out: Path, claims: Path | None) -> None:

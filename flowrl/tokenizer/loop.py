@@ -20,13 +20,11 @@ from flowrl.tokenizer.schema import FREE, TokenizerConfig
 from flowrl.tokenizer.step import Learner
 from flowrl.tokenizer.weights import TrainingWeights
 from flowrl.train.checkpoint import Checkpoints, Together
-from flowrl.train.control import Clock, Interrupt
+from flowrl.train.control import Clock
+from flowrl.train.lifecycle import Life, running
 from flowrl.train.machine import max_memory_gb
-from flowrl.train.progress import Progress
 from flowrl.train.resume import find_checkpoint
-from flowrl.train.runfiles import replaced, write_json
-from flowrl.train.step import total
-from flowrl.train.track import Tracker
+from flowrl.train.runfiles import replaced
 from tokenizers_vis.registry import save_pretrained
 
 FINAL = "final"
@@ -78,42 +76,19 @@ class TokenizerRun:
             ConfigError: the folder holds another run.
             NonFiniteError: see the message; the last checkpoint stands.
         """
-        settings, track = self.config, self.config.track
         resumed = self._resume()
-        self.tracker = Tracker(
+        with running(
+            self.config,
             self.accelerator,
             self.folder,
-            config=to_dict(settings),
-            trackers=track.trackers,
-            name=settings.run.name,
-            project=track.project,
-            entity=track.entity,
-            mode=track.mode,
-            tags=track.tags,
-            group=track.group,
             resumed_step=resumed,
-        )
-        self.progress = Progress(
-            settings.run.steps,
-            start=self._step,
-            quiet=not self.accelerator.is_main_process,
-            max_minutes=settings.run.max_minutes,
-        )
-        try:
-            with self.progress, Interrupt().listening() as interrupt:
-                return self._run(interrupt)
-        except KeyboardInterrupt:
-            self._status("stopped", "interrupted twice; the last checkpoint stands")
-            raise
-        except BaseException as error:
-            self._status("failed", f"{type(error).__name__}: {error}")
-            raise
-        finally:
-            self.tracker.finish()
+            where=lambda: (self._step, self.train_seconds),
+        ) as life:
+            self.tracker, self.progress = life.tracker, life.progress
+            return self._run(life)
 
-    def _run(self, interrupt: Interrupt) -> str:
+    def _run(self, life: Life) -> str:
         settings = self.config
-        self._status("running", "")
         self.learner.main.network.train()
         batches = batches_of(
             self.batches,
@@ -121,27 +96,26 @@ class TokenizerRun:
             steps=settings.run.steps,
             workers=settings.data.workers,
         )
-        reason = "finished"
-        while self._step < settings.run.steps:
+        how = None
+        while how is None and self._step < settings.run.steps:
             self._train_step(batches)
             if settings.eval.every and self._step % settings.eval.every == 0:
                 self._evaluate()
             if settings.checkpoint.every and self._step % settings.checkpoint.every == 0:
                 self._save()
-            if self._any(interrupt.requested):
-                reason = "interrupted"
-                break
-            limit = settings.run.max_minutes
-            if limit is not None and self._any(self.train_seconds / 60 >= limit):
-                reason = "stopped"
-                break
+            how = life.must_end(self._limit_reached())
+        how = how or "finished"
         self._save()
-        if reason != "interrupted":
+        if how != "interrupted":
             self._evaluate()
             self._export()
-        why = {"stopped": f"run.max_minutes={settings.run.max_minutes}", "interrupted": "a signal"}
-        self._status("finished" if reason == "finished" else "stopped", why.get(reason, ""))
-        return reason
+        life.ended(how, self._limit_reached())
+        return how
+
+    def _limit_reached(self) -> str:
+        limit = self.config.run.max_minutes
+        is_reached = limit is not None and self.train_seconds / 60 >= limit
+        return f"run.max_minutes={limit}" if is_reached else ""
 
     def _train_step(self, batches: Iterator[list[Tensor]]) -> None:
         clock = Clock.started()
@@ -229,17 +203,3 @@ class TokenizerRun:
                     write_card(
                         folder, self.config, tokenizer, step=self._step, metrics=self._measured
                     )
-
-    def _status(self, state: str, reason: str) -> None:
-        if self.accelerator.is_main_process:
-            status = {
-                "state": state,
-                "step": self._step,
-                "minutes": round(self.train_seconds / 60, 2),
-                "reason": reason,
-            }
-            write_json(self.folder / "status.json", status)
-
-    def _any(self, flag: bool) -> bool:
-        """Whether any process says so: all must leave the loop together."""
-        return total(self.accelerator, [float(flag)])[0] > 0

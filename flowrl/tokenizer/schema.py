@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from flowrl.config import read_record
-from flowrl.schema import Args, Unit, folder_name
+from flowrl.schema import Args, CheckpointConfig, RunRecord, TrackRecord, Unit
 from flowrl.strict import Record
 
 # What a resumed run may change: where and how fast it runs, and what is observed.
@@ -23,28 +23,12 @@ FREE = (
 )  # fmt: skip
 
 
-class RunSection(Record):
+class RunSection(RunRecord):
     """What the run is called, where it writes and how long it lasts."""
 
-    name: str = Field(min_length=1, description="name of the run and of its folder in output_dir")
-    output_dir: str = Field(
-        default="runs", min_length=1, description="folder that holds the run's folder"
-    )
-    seed: int = Field(default=0, ge=0, description="seed from which every random number is derived")
     steps: int = Field(
         ge=1, description="optimiser steps; all schedules, also the losses', run over them"
     )
-    resume: str | None = Field(
-        default=None, min_length=1, description="checkpoint to go on from: 'latest' or its folder"
-    )
-    max_minutes: float | None = Field(
-        default=None, gt=0, description="stop, save, evaluate and export after so much training"
-    )
-
-    @field_validator("name")
-    @classmethod
-    def _is_a_folder_name(cls, name: str) -> str:
-        return folder_name(name)
 
 
 class TokenizerSection(Record):
@@ -212,24 +196,15 @@ class EvalSection(Record):
     )
 
 
-class CheckpointSection(Record):
+class CheckpointSection(CheckpointConfig):
     """When the run's state is saved."""
 
     every: int = Field(default=500, ge=0, description="steps between two, 0 = only at the end")
-    keep: int = Field(default=2, ge=1, description="checkpoints kept; older ones are deleted")
 
 
-class TrackSection(Record):
+class TrackSection(TrackRecord):
     """Where metrics go besides metrics.jsonl."""
 
-    trackers: tuple[Literal["wandb", "tensorboard"], ...] = Field(
-        default=(), description="accelerate's trackers to write to"
-    )
-    project: str = Field(default="flowrl", min_length=1, description="project in the tracker")
-    entity: str | None = Field(default=None, min_length=1, description="W&B's team or user")
-    mode: Literal["offline", "online"] = Field(default="offline", description="W&B's mode")
-    tags: tuple[str, ...] = Field(default=(), description="W&B's tags")
-    group: str | None = Field(default=None, min_length=1, description="W&B's group of runs")
     log_every: int = Field(default=10, ge=1, description="steps between two lines of metrics")
 
 

@@ -25,18 +25,17 @@ from flowrl.protocols import Policy
 from flowrl.train.card import write_card
 from flowrl.train.checkpoint import Checkpoints, Together
 from flowrl.train.collect import Collector
-from flowrl.train.control import Clock, Interrupt
+from flowrl.train.control import Clock
 from flowrl.train.evaluate import Evaluator
 from flowrl.train.judge import Judge, cut
 from flowrl.train.lessons import Part
+from flowrl.train.lifecycle import Life, any_process, running
 from flowrl.train.machine import max_memory_gb
 from flowrl.train.monitor import BEST, Monitor, read_note, write_note
-from flowrl.train.progress import Progress
 from flowrl.train.resume import find_checkpoint
-from flowrl.train.runfiles import replaced, write_json
+from flowrl.train.runfiles import replaced
 from flowrl.train.scoring import RewardSet, read_samples
 from flowrl.train.step import Learner, StepResult, total
-from flowrl.train.track import Tracker
 from flowrl.train.wandb_run import batch_samples
 from flowrl.types import PromptBatch, Scores
 
@@ -98,80 +97,49 @@ class Trainer:
             ConfigError: the folder holds another run.
             RatioError, RewardError, NonFiniteError: see the messages; the last checkpoint stands.
         """
-        settings = self.config
         resumed = self._resume()
-        track = settings.track
-        self.tracker = Tracker(
+        with running(
+            self.config,
             self.accelerator,
             self.run_folder,
-            config=to_dict(settings),
-            trackers=track.trackers,
-            name=settings.run.name,
-            project=track.project,
-            entity=track.entity,
-            mode=track.mode,
-            tags=track.tags,
-            group=track.group,
             resumed_step=resumed,
-        )
-        quiet = not self.accelerator.is_main_process
-        self.progress = Progress(
-            settings.run.steps,
-            start=self._step,
-            quiet=quiet,
-            max_minutes=settings.run.max_minutes,
-        )
-        try:
-            with self.progress, Interrupt().listening() as interrupt:
-                return self._run(interrupt, is_new=resumed is None)
-        except KeyboardInterrupt:
-            self._status("stopped", "interrupted twice; the last checkpoint stands")
-            raise
-        except BaseException as error:
-            self._status("failed", f"{type(error).__name__}: {error}")
-            raise
-        finally:
-            self.tracker.finish()
+            where=lambda: (self._step, self.train_seconds),
+        ) as life:
+            self.tracker, self.progress = life.tracker, life.progress
+            return self._run(life, is_new=resumed is None)
 
-    def _run(self, interrupt: Interrupt, *, is_new: bool) -> str:
+    def _run(self, life: Life, *, is_new: bool) -> str:
         settings = self.config
-        self._status("running", "")
         self._preflight()
         if is_new:
             self._evaluate()
         else:
             self._restore_best()
-        reason = "finished"
-        while self._step < settings.run.steps:
+        how = None
+        while how is None and self._step < settings.run.steps:
             self._train_step()
             done = self._step
             if settings.eval.every and done % settings.eval.every == 0:
                 self._evaluate()
             if settings.checkpoint.every and done % settings.checkpoint.every == 0:
                 self._save()
-            if self._any(interrupt.requested):
-                reason = "interrupted"
-                break
-            if self._any(bool(self._limits_reached())):
-                reason = "stopped"
-                break
+            how = life.must_end(self._limits_reached())
+        how = how or "finished"
         self._save()
-        if reason != "interrupted":
+        if how != "interrupted":
             self._evaluate()
             self._export("final")
-        limits = ", ".join(self._limits_reached())
-        why = {"stopped": limits or "another process's limit", "interrupted": "a signal"}
-        self._status("finished" if reason == "finished" else "stopped", why.get(reason, ""))
-        return reason
+        life.ended(how, self._limits_reached())
+        return how
 
-    def _limits_reached(self) -> list[str]:
-        """Which of the limits have been reached here, as `key=value`."""
+    def _limits_reached(self) -> str:
+        """Which of the limits have been reached here, as `key=value`; "" for none."""
         limits = (("max_minutes", self.train_seconds / 60), ("max_evaluations", self.network_evals))
         given = ((name, getattr(self.config.run, name), spent) for name, spent in limits)
         reached = [f"run.{n}={limit}" for n, limit, x in given if limit is not None and x >= limit]
         if self.monitor is not None and (limit := self.monitor.limit()):
             reached.append(limit)
-        return reached
+        return ", ".join(reached)
 
     # ------------------------------------------------------------------------------- a step
 
@@ -320,7 +288,10 @@ class Trainer:
         if monitor is None or not monitor.step:
             return
         is_main = self.accelerator.is_main_process
-        if self._any(is_main and read_note(self.run_folder).get("step") == monitor.step):
+        if any_process(
+            self.accelerator,
+            is_main and read_note(self.run_folder).get("step") == monitor.step,
+        ):
             return
         if monitor.step == self._step:  # killed between the checkpoint and the folder
             self._export(BEST)
@@ -374,20 +345,6 @@ class Trainer:
                     write_card(run, self.config, self.method, step=self._step, folder=folder)
                     if name == BEST and self.monitor is not None:
                         write_note(folder, self.monitor, run)
-
-    def _status(self, state: str, reason: str) -> None:
-        if self.accelerator.is_main_process:
-            status = {
-                "state": state,
-                "step": self._step,
-                "minutes": round(self.train_seconds / 60, 2),
-                "reason": reason,
-            }
-            write_json(self.run_folder / "status.json", status)
-
-    def _any(self, flag: bool) -> bool:
-        """Whether any rank says so: all ranks must leave the loop together."""
-        return total(self.accelerator, [float(flag)])[0] > 0
 
 
 def first_samples(batch: PromptBatch, num: int) -> PromptBatch:

@@ -6,6 +6,7 @@ tokenizers side by side that saw other images.
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -170,16 +171,17 @@ def test_eval_and_report_from_the_command_line(tmp_path):
 
 
 def test_the_command_line_says_what_does_not_fit(tmp_path):
-    from flowrl.commands.tokenizer_eval_tools import evaluate_all, name_of, report
+    from flowrl.commands.tokenizer_eval_tools import EvalOptions, evaluate_all, name_of, report
 
-    options = {"data": "shapes", "out": tmp_path, "name": None, "num_images": 4, "num_train": 16,
-               "num_tokens": None, "num_steps": None, "guidance_scale": None, "features": "auto",
-               "lpips": None, "lpips_backbone": None, "ar_steps": 0, "batch_size": 4,
-               "seed": 0}  # fmt: skip
+    options = EvalOptions(
+        data="shapes", out=tmp_path, name=None, num_images=4, num_train=16, num_tokens=None,
+        num_steps=None, guidance_scale=None, features="auto", lpips=None, lpips_backbone=None,
+        ar_steps=0, batch_size=4, seed=0,
+    )  # fmt: skip
     with pytest.raises(ConfigError, match="would be called vq, vq"):
-        evaluate_all(["a/vq", "b/vq/final"], **options)
+        evaluate_all(["a/vq", "b/vq/final"], options)
     with pytest.raises(ConfigError, match="whole numbers separated by commas"):
-        evaluate_all(["a"], **{**options, "num_tokens": "1-4"})
+        evaluate_all(["a"], replace(options, num_tokens="1-4"))
     with pytest.raises(ConfigError, match=r"the page is an \.html file"):
         report([tmp_path], out=tmp_path / "page.md", claims=None)
     assert [name_of(each) for each in ("runs/vq/final", "org/flextok-d12", "./vq/")] == [
