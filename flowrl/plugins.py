@@ -1,8 +1,9 @@
-"""Methods, pipelines and tokenizers that are not ours: of other distributions, or by their path.
+"""Methods and pipelines that are not ours: of other distributions, or by their path.
 
 A distribution registers `name = "package.module:object"` in its entry points of the group
 `flowrl.methods`, `flowrl.pipelines`, `flowrl.tokenizers` or `flowrl.rewards`; nothing is imported
-before its name is asked for. `rewards.registry` does the same for rewards, and reads files.
+before its name is asked for. `rewards.registry` and `tokenizers_vis.registry` do the same for
+theirs, because those packages stand without flowrl.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Literal
 
 from flowrl.errors import ConfigError, closest
 
-Kind = Literal["method", "pipeline", "tokenizer"]
+Kind = Literal["method", "pipeline"]
 
 
 def find_plugin(name: str, kind: Kind, ours: Iterable[str], *, where: str) -> Any:

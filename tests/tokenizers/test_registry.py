@@ -11,7 +11,13 @@ from safetensors.torch import load_file, save_file
 from rewards.shapes.grammar import sample_scene, split
 from rewards.shapes.render import render
 from tests.tokenizers.test_contract import tiny
-from tokenizers_vis.registry import embedded, load_pretrained, make_tokenizer, save_pretrained
+from tokenizers_vis.registry import (
+    embedded,
+    load_pretrained,
+    make_tokenizer,
+    save_pretrained,
+    tokenizer_class,
+)
 from tokenizers_vis.weights import load_tensors
 
 
@@ -20,6 +26,23 @@ def test_a_mistyped_name_gets_the_closest():
         make_tokenizer("flextoc")
     with pytest.raises(LookupError, match="no VisualTokenizer"):
         make_tokenizer("json:JSONDecoder")
+
+
+def test_a_plugin_of_another_distribution_is_found_by_its_entry_point(tmp_path, monkeypatch):
+    info = tmp_path / "flowrl_fake_tokens-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fake\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[flowrl.tokenizers]\nmy_grid = flowrl_fake_tokens:MyGrid\nlost = flowrl_fake_absent:X\n"
+    )
+    code = "from tokenizers_vis.grid import GridTokenizer\nclass MyGrid(GridTokenizer): pass\n"
+    (tmp_path / "flowrl_fake_tokens.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert tokenizer_class("my_grid").__name__ == "MyGrid"
+    with pytest.raises(LookupError, match="did you mean 'my_grid'"):
+        tokenizer_class("my_gird")
+    with pytest.raises(LookupError, match="tokenizer 'lost': No module named 'flowrl_fake_absent'"):
+        tokenizer_class("lost")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from tokenizers_vis.addons.base import AddOn
 
@@ -49,6 +49,6 @@ def make_addon(name: str, args: Mapping[str, Any] | None = None) -> AddOn:
             listed = ", ".join(known_args) or "none"
             raise ValueError(f"add-on '{name}' has no argument '{key}'; {hint}(one of: {listed})")
     try:
-        return cast(AddOn, found(**(args or {})))
+        return found(**(args or {}))
     except TypeError as error:
         raise ValueError(f"add-on '{name}': {error}") from error
