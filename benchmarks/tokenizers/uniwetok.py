@@ -1,6 +1,6 @@
 """UniWeTok's claims: bits that all live, no conflict, a teacher that helps, bits easy to predict.
 
-    python benchmarks/tokenizers/uniwetok.py [--seeds 0 1 2] [--steps 800] [--arms ...]
+    python benchmarks/tokenizers/uniwetok.py [--seeds 0 1 2] [--steps 400] [--arms ...]
 
 Paper: UniWeTok, arXiv:2602.14178. Everything is measured on scenes of combinations that training
 never shows. The teacher is a small network that was trained here on the scenes' labels (the shape
@@ -34,7 +34,7 @@ NUM_TRAIN, NUM_HELD_OUT = 4096, 1024
 TEACHER_STEPS, PREDICTOR_STEPS = 400, 400
 SMALL = {
     "image_size": 32, "channels": (24, 32, 48), "attention_depth": 1, "num_registers": 2,
-    "num_bits": 16, "group_bits": 8,
+    "num_bits": 16, "group_bits": 8, "pixel_l2": 10.0, "entropy": 0.1,
 }  # fmt: skip
 # name -> what differs from SMALL, and the add-ons' arguments
 ARMS: dict[str, tuple[dict[str, Any], dict[str, dict[str, float]]]] = {
@@ -97,7 +97,7 @@ def train(arm: str, *, seed: int, steps: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     tokenizer = make_tokenizer("uniwetok", {**SMALL, **args})
     training = TokenizerTraining(tokenizer, addons=addons)
-    lab.fit(training, seen.images, steps=steps, seed=seed, batch_size=48, lr=2e-3)
+    lab.fit(training, seen.images, steps=steps, seed=seed, batch_size=32, lr=3e-3)
     known, tokens = (bit_lab.encode(tokenizer, each.images) for each in (seen, held_out))
     mse = bit_lab.errors(tokenizer, held_out.images, tokens)
     raw = bit_lab.raw_features(tokenizer, held_out.images)
@@ -198,7 +198,7 @@ def arguments() -> argparse.Namespace:
     own.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     chosen, rest = own.parse_known_args()
     sys.argv[1:] = rest
-    args = lab.arguments(f"UniWeTok's claims; --arms of {', '.join(ARMS)}", steps=800)
+    args = lab.arguments(f"UniWeTok's claims; --arms of {', '.join(ARMS)}", steps=400)
     args.arms = list(dict.fromkeys(["plain", *chosen.arms]))
     return args
 
