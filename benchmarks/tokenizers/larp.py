@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rewards.shapes.clips import render_frames
 from rewards.shapes.grammar import sample_scene, split
-from rewards.shapes.render import render
 from rewards.shapes.vocabulary import IMAGE_SIZE
 from tokenizers_vis.addons.base import AddOn
 from tokenizers_vis.addons.prior import ARPrior
@@ -90,13 +90,9 @@ def clips(num: int, *, frames: int, seed: int, held_out: bool = False, size: int
         radius = min(1.8 * item.radius, 26.0)
         room = (1.08 * radius + 1.5, IMAGE_SIZE - 1.08 * radius - 1.5)
         start, speed = rng.uniform(*room, size=2), rng.uniform(-6, 6, size=2)
-        shade = int(rng.integers(2**31))  # the same in every frame
-        film = []
-        for frame in range(frames):
-            x, y = np.clip(start + frame * speed, *room).tolist()
-            moved = replace(scene, objects=(replace(item, x=x, y=y, radius=radius),))
-            film.append(render(moved, np.random.default_rng(shade)))
-        films.append(np.stack(film))
+        places = np.clip(start + np.arange(frames)[:, None] * speed, *room)
+        large = replace(scene, objects=(replace(item, radius=radius),))
+        films.append(render_frames(large, places[:, None], rng))
     pixels = torch.from_numpy(np.stack(films)).flatten(0, 1)
     small = F.interpolate(pixels, size=(size, size), mode="area")
     return small.unflatten(0, (num, frames))

@@ -34,6 +34,17 @@ class Scene:
     background: float
 
 
+def room(radius: float) -> tuple[float, float]:
+    """The least and the largest coordinate of an object's centre on the canvas, along both axes."""
+    edge = radius * 1.08 + _MARGIN
+    return edge, IMAGE_SIZE - edge
+
+
+def least_distance(first: float, second: float) -> float:
+    """Of the centres of two objects of these radii that do not touch."""
+    return 1.12 * (first + second) + _GAP
+
+
 def holds(relation: str, first: Object, second: Object) -> bool:
     """Whether `first` is clearly `relation` of `second`: along the axis more than across it."""
     dx, dy = first.x - second.x, first.y - second.y
@@ -62,11 +73,10 @@ def lay_out(
         placed: list[Object] = []
         for shape, color in objects:
             radius = rng.uniform(low, high)
-            edge = radius * 1.08 + _MARGIN
             for _ in range(20):
-                x, y = rng.uniform(edge, IMAGE_SIZE - edge, size=2)
+                x, y = rng.uniform(*room(radius), size=2)
                 clear = all(
-                    np.hypot(x - o.x, y - o.y) > 1.12 * (radius + o.radius) + _GAP for o in placed
+                    np.hypot(x - o.x, y - o.y) > least_distance(radius, o.radius) for o in placed
                 )
                 if clear:
                     placed.append(Object(shape, color, float(x), float(y), float(radius)))
