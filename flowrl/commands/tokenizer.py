@@ -1,4 +1,4 @@
-"""`flowrl tokenizer ...`: train visual tokenizers, and turn images to tokens and back."""
+"""`flowrl tokenizer ...`: train visual tokenizers, and turn images and clips to tokens and back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from flowrl.commands import tokenizer_eval
 
 app = typer.Typer(
-    help="Train visual tokenizers, compare them; turn images into tokens and back.",
+    help="Train visual tokenizers, compare them; turn images and clips into tokens and back.",
     no_args_is_help=True,
 )
 
@@ -41,15 +41,23 @@ def _train(
 def _encode(
     tokenizer: Source,
     images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGES...", help="Image files, or folders of them.")
+        list[Path],
+        typer.Argument(
+            metavar="FILES...",
+            help="Images or folders of them; for a tokenizer that takes clips animated GIF, PNG or "
+            "WebP files, videos, or folders of those or of numbered stills.",
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The file of tokens.")] = Path("tokens.safetensors"),
     num_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of each image; all if not given.")
+        int | None, typer.Option(min=1, help="Tokens of each image or clip; all if not given.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images or clips per forward.")] = 16,
 ) -> None:
-    """Write the tokens of IMAGES, resized and cut at the centre to the tokenizer's size."""
+    """Write the tokens of images or clips, resized and cut at the centre to the tokenizer's size.
+
+    Of a clip's frames as many as the tokenizer takes are chosen, evenly spread.
+    """
     from flowrl.commands import tokenizer_tools
 
     tokenizer_tools.encode(tokenizer, images, out, num_tokens=num_tokens, batch_size=batch_size)
@@ -58,7 +66,9 @@ def _encode(
 @app.command("decode")
 def _decode(
     tokens: Annotated[Path, typer.Argument(metavar="TOKENS", help="A file that `encode` wrote.")],
-    out: Annotated[Path, typer.Option(help="Folder for the images (PNG).")] = Path("decoded"),
+    out: Annotated[
+        Path, typer.Option(help="Folder for the images (PNG; clips are animated PNG).")
+    ] = Path("decoded"),
     tokenizer: Annotated[
         str | None,
         typer.Option(help="Where the tokenizer is now; where `encode` found it if not given."),
@@ -73,9 +83,9 @@ def _decode(
         float | None, typer.Option(min=0.0, help="Guidance of it, 1 = off; its own if not given.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of a generative decoder's noise.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images or clips per forward.")] = 16,
 ) -> None:
-    """Draw the images that TOKENS stand for."""
+    """Draw the images or clips that TOKENS stand for."""
     from flowrl.commands import tokenizer_tools
 
     tokenizer_tools.decode(

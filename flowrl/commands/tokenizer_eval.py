@@ -24,8 +24,8 @@ def _eval(
     data: Annotated[
         str,
         typer.Option(
-            help="'shapes', a folder of images (sub-folders are classes) or a Hugging Face data "
-            "set."
+            help="'shapes', a folder of images or, for tokenizers that take them, of clips "
+            "(sub-folders are classes), or a Hugging Face data set of images."
         ),
     ] = "shapes",
     out: Annotated[
@@ -34,7 +34,7 @@ def _eval(
     name: Annotated[
         str | None, typer.Option(help="What the one TOKENIZER is called, if not as its folder.")
     ] = None,
-    num_images: Annotated[int, typer.Option(min=2, help="Held-out images.")] = 512,
+    num_images: Annotated[int, typer.Option(min=2, help="Held-out images, or clips.")] = 512,
     num_train: Annotated[
         int, typer.Option(min=16, help="Images that the probes are trained on.")
     ] = 4096,
@@ -67,7 +67,7 @@ def _eval(
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")] = 0,
 ) -> None:
-    """Measure tokenizers on held-out images: distortion, rate, use of codes, probes, speed."""
+    """Measure tokenizers on held-out images or clips: distortion, rate, codes, probes, speed."""
     from flowrl.commands import tokenizer_eval_tools
 
     options = tokenizer_eval_tools.EvalOptions(

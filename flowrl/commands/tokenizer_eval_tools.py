@@ -20,7 +20,7 @@ class EvalOptions:
     """What `flowrl tokenizer eval` was told.
 
     Attributes:
-        data: "shapes", a folder of images or a Hugging Face data set.
+        data: "shapes", a folder of images or clips, or a Hugging Face data set of images.
         out: folder that gets a folder per tokenizer.
         name: of the only tokenizer; None = by its source.
         num_images: held-out images that are measured.
@@ -102,13 +102,9 @@ def _evaluated(
     from flowrl.tokenizer.evaluation.samples import load_samples
 
     tokenizer = load_tokenizer(source)[0].to(device)
-    if len(tokenizer.sample_shape) != 3:
-        raise ConfigError(
-            f"{source} takes clips {list(tokenizer.sample_shape)}; there is no source of clips"
-        )
     held_out, train = load_samples(
         options.data,
-        (tokenizer.sample_shape[1], tokenizer.sample_shape[2]),
+        tokenizer.sample_shape,
         num_held_out=options.num_images,
         num_train=options.num_train,
         seed=options.seed,

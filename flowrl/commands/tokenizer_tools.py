@@ -15,8 +15,6 @@ from flowrl.errors import ConfigError, DataError
 from flowrl.tokenizer.schema import FREE, load_tokenizer_config, run_folder
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from flowrl.tokenizer.loop import TokenizerRun
     from tokenizers_vis.tokenizer import Solver, VisualTokenizer
 
@@ -56,17 +54,20 @@ def train(config: Path, overrides: Sequence[str]) -> None:
 
 def describe(run: TokenizerRun) -> str:
     """The run in three lines."""
+    from flowrl.tokenizer.files import kind
+
     tokenizer, config = run.weights.training.tokenizer, run.config
+    what = kind(tokenizer.sample_shape)
     trained = sum(p.numel() for p in tokenizer.parameters() if p.requires_grad)
     cut, num_images = run.batches.cut, len(run.batches.source)
     epochs = config.run.steps * cut.batch_size / num_images
     return "\n".join(
         [
             f"{tokenizer.name}: {trained / 1e6:.2f} M trained parameters, "
-            f"{tokenizer.layout.num_tokens} tokens, {tokenizer.bits:.6g} bits per image",
-            f"{config.data.source}: {num_images} images of {' x '.join(map(str, run.batches.size))}"
-            f", {len(run.held_out)} others measured",
-            f"{config.run.steps} steps of {cut.batch_size} images ({cut.total} x "
+            f"{tokenizer.layout.num_tokens} tokens, {tokenizer.bits:.6g} bits per {what}",
+            f"{config.data.source}: {num_images} {what}s of "
+            f"{' x '.join(map(str, run.batches.shape))}, {len(run.held_out)} others measured",
+            f"{config.run.steps} steps of {cut.batch_size} {what}s ({cut.total} x "
             f"{cut.micro_batch_size}) are {epochs:.3g} epochs",
         ]
     )
@@ -75,23 +76,22 @@ def describe(run: TokenizerRun) -> str:
 def encode(
     source: str, images: Sequence[Path], out: Path, *, num_tokens: int | None, batch_size: int
 ) -> None:
-    """Writes the tokens of image files."""
+    """Writes the tokens of files of images or clips, whichever the tokenizer takes."""
     import torch
 
-    from flowrl.tokenizer.images import read_image, to_float
+    from flowrl.tokenizer.files import kind, read_sample
+    from flowrl.tokenizer.images import to_float
     from flowrl.tokenizer.tokenfile import TokenFile, fingerprint, write_tokens
 
-    files = [file for given in images for file in _files(given)]
     tokenizer, folder = load_tokenizer(source)
-    if len(tokenizer.sample_shape) != 3:
-        raise ConfigError(f"{source} takes clips {list(tokenizer.sample_shape)}, not images")
+    shape = tokenizer.sample_shape
+    files = [file for given in images for file in _files(given, shape)]
     chosen = tokenizer.token_counts[-1] if num_tokens is None else num_tokens
-    size = (tokenizer.sample_shape[1], tokenizer.sample_shape[2])
     device = _device()
     tokenizer.to(device)
     ids, embeddings = [], []
     for first in range(0, len(files), batch_size):
-        pixels = torch.stack([read_image(f, size, (0.5, 0.5)) for f in files[first:][:batch_size]])
+        pixels = torch.stack([read_sample(file, shape) for file in files[first:][:batch_size]])
         try:
             with torch.no_grad():
                 tokens = tokenizer.encode(to_float(pixels, device), chosen).compact()
@@ -111,8 +111,8 @@ def encode(
     )
     write_tokens(out, content)
     print(
-        f"{out}: {len(files)} x {chosen} tokens, {tokenizer.bits_of(chosen):.6g} bits per image, "
-        f"{out.stat().st_size} bytes"
+        f"{out}: {len(files)} x {chosen} tokens, {tokenizer.bits_of(chosen):.6g} bits per "
+        f"{kind(shape)}, {out.stat().st_size} bytes"
     )
 
 
@@ -127,9 +127,10 @@ def decode(
     seed: int,
     batch_size: int,
 ) -> None:
-    """Writes the images of a file of tokens, named as those they were made of."""
+    """Writes the images or clips of a file of tokens, named as those they were made of."""
     import torch
 
+    from flowrl.tokenizer.files import kind, write_png
     from flowrl.tokenizer.tokenfile import fingerprint, read_tokens, tokens_of
     from flowrl.train.track import to_pixels
 
@@ -158,9 +159,10 @@ def decode(
         tokens = tokens_of(content, tokenizer, slice(first, first + batch_size))
         with torch.no_grad():
             images = tokenizer.decode(tokens, solver=solver, generator=generator)
-        for pixels in to_pixels(images):
-            _write_png(pixels, out / next(names))
-    print(f"{out}: {len(content.names)} images")
+        for image in images:
+            frames = image.reshape(-1, *image.shape[-3:])
+            write_png(to_pixels(frames), out / next(names))
+    print(f"{out}: {len(content.names)} {kind(tokenizer.sample_shape)}s")
 
 
 def load_tokenizer(source: str) -> tuple[VisualTokenizer, str]:
@@ -197,16 +199,16 @@ def _solver(
     return replace(tokenizer.config.solver, **given)
 
 
-def _files(given: Path) -> Iterator[Path]:
-    """An image file, or those of a folder."""
-    from flowrl.tokenizer.images import SUFFIXES, image_files
+def _files(given: Path, shape: tuple[int, ...]) -> Iterator[Path]:
+    """A file of an image or clip, or those of a folder."""
+    from flowrl.tokenizer.files import expected, sample_files
 
     if not given.is_dir():
         yield given
         return
-    found = image_files(given)
+    found = sample_files(given, shape)
     if not found:
-        raise DataError(f"{given} holds no images ({', '.join(SUFFIXES)})")
+        raise DataError(f"{given} holds no {expected(shape)}, which the tokenizer takes")
     yield from found
 
 
@@ -217,12 +219,6 @@ def _names(names: Sequence[str]) -> Iterator[str]:
         stem = Path(name).stem
         seen[stem] = seen.get(stem, 0) + 1
         yield f"{stem}.png" if seen[stem] == 1 else f"{stem}_{seen[stem]}.png"
-
-
-def _write_png(pixels: Tensor, file: Path) -> None:
-    from PIL import Image
-
-    Image.fromarray(pixels.numpy()).save(file)
 
 
 def _device() -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from flowrl.data.seeds import derive_seed
+from flowrl.tokenizer.files import Shape
 from flowrl.tokenizer.images import ImageSource, Tensors
 
 
@@ -66,21 +67,21 @@ def _order(num_images: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 class Batches(Dataset[Tensor]):
-    """Micro-batches by (step, number in the step), uint8 [B, 3, H, W].
+    """Micro-batches by (step, number in the step), uint8 [B, *shape].
 
     Args:
         source: of the images.
-        size: height and width.
+        shape: of a sample.
         cut: of a batch.
         seed: the run's.
         random_crop: else the centre is cut.
-        flip: mirror every other image.
+        flip: mirror every other image, or clip.
     """
 
     def __init__(
         self,
         source: ImageSource,
-        size: tuple[int, int],
+        shape: Shape,
         cut: Cut,
         *,
         seed: int,
@@ -88,7 +89,7 @@ class Batches(Dataset[Tensor]):
         flip: bool = False,
     ) -> None:
         self.source = source
-        self.size = size
+        self.shape = shape
         self.cut = cut
         self.seed = seed
         self.random_crop = random_crop
@@ -107,13 +108,13 @@ class Batches(Dataset[Tensor]):
             at = [(0.5, 0.5)] * len(numbers) if cuts is None else [(r, c) for r, c in cuts]
             images = torch.stack(
                 [
-                    self.source.read(int(number), self.size, place)
+                    self.source.read(int(number), self.shape, place)
                     for number, place in zip(numbers, at, strict=True)
                 ]
             )
         if mirrored is not None:
-            chosen = torch.from_numpy(mirrored)[:, None, None, None]
-            images = torch.where(chosen, images.flip(-1), images)
+            chosen = torch.from_numpy(mirrored)
+            images[chosen] = images[chosen].flip(-1)
         return images
 
 

@@ -60,9 +60,9 @@ def build_run(config: TokenizerConfig, *, where: str) -> TokenizerRun:
     cut = build_cut(config, accelerator, where)
     training = build_training(config, where=where)
     tokenizer = training.tokenizer
-    size = _image_size(tokenizer, where)
+    shape = tokenizer.sample_shape
     trained, measured = load_images(
-        config.data, size, seed=config.run.seed, num_held_out=config.eval.num_images, where=where
+        config.data, shape, seed=config.run.seed, num_held_out=config.eval.num_images, where=where
     )
     weights = TrainingWeights(training.to(accelerator.device), ema_decay=config.optim.ema_decay)
     return TokenizerRun(
@@ -73,13 +73,13 @@ def build_run(config: TokenizerConfig, *, where: str) -> TokenizerRun:
         weights=weights,
         batches=Batches(
             trained,
-            size,
+            shape,
             cut,
             seed=config.run.seed,
             random_crop=config.data.crop == "random",
             flip=config.data.flip,
         ),
-        held_out=stack(measured, size),
+        held_out=stack(measured, shape),
     )
 
 
@@ -230,13 +230,3 @@ def _groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dic
     others = [p for p in parameters if p.ndim <= 1]
     groups = [(decaying, weight_decay), (others, 0.0)]
     return [{"params": chosen, "weight_decay": decay} for chosen, decay in groups if chosen]
-
-
-def _image_size(tokenizer: VisualTokenizer, where: str) -> tuple[int, int]:
-    shape = tokenizer.sample_shape
-    if len(shape) != 3:
-        raise ConfigError(
-            f"{where}: {tokenizer.name} takes clips {list(shape)} as configured; training is on "
-            "images"
-        )
-    return shape[1], shape[2]

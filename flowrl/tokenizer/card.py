@@ -9,6 +9,7 @@ import yaml
 
 from flowrl import __version__
 from flowrl.config import to_dict
+from flowrl.tokenizer.files import kind
 from flowrl.tokenizer.schema import TokenizerConfig
 from tokenizers_vis.tokenizer import VisualTokenizer
 
@@ -37,12 +38,13 @@ def write_card(
     used = {k: settings[k] for k in ("run", "tokenizer", "dropout", "addons", "data", "optim")}
     used["compute"] = {k: settings["compute"][k] for k in ("batch_size", "micro_batch_size")}
     rows = [f"| `{name}` | {value:.6g} |" for name, value in metrics.items()]
+    what = kind(tokenizer.sample_shape)
     lines = [
         f"# {config.run.name}",
         "",
-        f"A visual tokenizer, `{tokenizer.name}`: {tokenizer.layout.num_tokens} tokens of an image "
-        f"{' x '.join(map(str, tokenizer.sample_shape))}, {tokenizer.bits:.6g} bits. Made by "
-        f"`flowrl tokenizer train` (flowrl {__version__}), {step} of {config.run.steps} steps.",
+        f"A visual tokenizer, `{tokenizer.name}`: {tokenizer.layout.num_tokens} tokens of one "
+        f"{what} {' x '.join(map(str, tokenizer.sample_shape))}, {tokenizer.bits:.6g} bits. Made "
+        f"by `flowrl tokenizer train` (flowrl {__version__}), {step} of {config.run.steps} steps.",
         "",
         "```python",
         "from tokenizers_vis.registry import load_pretrained",
@@ -50,7 +52,7 @@ def write_card(
         'tokenizer = load_pretrained("this folder")',
         "```",
         "",
-        f"On {config.eval.num_images} held-out images:",
+        f"On {config.eval.num_images} held-out {what}s:",
         "",
         "| measure | value |",
         "|---|---|",

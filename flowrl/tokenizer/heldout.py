@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowrl.data.seeds import derive_seed
-from flowrl.tokenizer.images import to_float
+from flowrl.tokenizer.images import as_pictures, to_float
 from tokenizers_vis.tokenizer import VisualTokenizer
 from tokenizers_vis.training import TokenizerTraining
 
@@ -22,7 +22,8 @@ class HeldOut:
 
     Attributes:
         metrics: key -> value.
-        images: [R, N, 3, H, W] in [0, 1] on the CPU: originals, then a row per number of tokens.
+        images: [R, N, 3, H, W] in [0, 1] on the CPU: originals, then a row per number of tokens;
+            of clips a few frames side by side.
         rows: what each row is.
     """
 
@@ -48,7 +49,7 @@ def evaluate_held_out(
 
     Args:
         training: tokenizer and add-ons, with the weights that are to be measured.
-        pixels: uint8 [N, 3, H, W].
+        pixels: uint8 [N, *sample_shape].
         batch_size: images per forward.
         num_shown: images whose reconstructions are returned.
         seed: of what is drawn, the same every time.
@@ -62,16 +63,17 @@ def evaluate_held_out(
         metrics = _losses(training, pixels, batch_size, seed, progress, device)
         tokenizer = training.tokenizer
         metrics |= _usage(tokenizer, pixels, batch_size, device)
-        rows, drawn = ["original"], [to_float(pixels[:num_shown], torch.device("cpu"))]
+        originals = to_float(pixels, torch.device("cpu"))
+        rows, drawn = ["original"], [as_pictures(originals[:num_shown])]
         for count in shown_counts(tokenizer) if tokenizer.is_decodable else ():
             images = _reconstructed(tokenizer, pixels, count, batch_size, seed, device)
-            ratio = float(psnr(images, to_float(pixels, images.device)).mean())
+            ratio = float(psnr(images, originals).mean())
             if len(tokenizer.token_counts) > 1:
                 metrics[f"eval/psnr/{count}"] = ratio
             if count == tokenizer.token_counts[-1]:
                 metrics["eval/psnr"] = ratio
             rows.append(f"{count} tokens")
-            drawn.append(images[:num_shown])
+            drawn.append(as_pictures(images[:num_shown]))
     finally:
         training.train(was_training)
         torch.set_rng_state(state)
@@ -137,7 +139,7 @@ def _reconstructed(
     seed: int,
     device: torch.device,
 ) -> Tensor:
-    """[N, 3, H, W] on the CPU; generative decoders start from the same noise for all counts."""
+    """[N, *sample_shape] on the CPU; generative decoders start from equal noise at all counts."""
     images = []
     for number, part in _cut(pixels, batch_size, device):
         tokens = tokenizer.encode(part, count)

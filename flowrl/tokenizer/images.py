@@ -1,6 +1,7 @@
-"""Where images come from: rendered scenes, folders, Hugging Face datasets; as uint8 [3, H, W].
+"""Where images and clips come from: rendered scenes, folders, Hugging Face datasets; as uint8.
 
-Reading order: `ImageSource`, `load_images` (training and held-out ones of a config), `fit_image`.
+A sample has the tokenizer's shape, (3, H, W) or, of a clip, (F, 3, H, W). Reading order:
+`ImageSource`, `load_images` (training and held-out ones of a config), `draw_scene`.
 """
 
 from __future__ import annotations
@@ -17,60 +18,60 @@ from torch import Tensor
 
 from flowrl.data.seeds import derive_seed
 from flowrl.errors import ConfigError, DataError, MissingDependency, closest
+from flowrl.tokenizer.files import Shape, expected, fit_image, kind, read_sample, sample_files
+from rewards.shapes.clips import render_clip
 from rewards.shapes.grammar import SKILLS, sample_scene, split
-from rewards.shapes.render import render
+from rewards.shapes.render import Scene, render
 from rewards.shapes.vocabulary import IMAGE_SIZE
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from flowrl.tokenizer.schema import DataSection
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _SHAPES_IMAGES = 20_000
+_SHOWN_FRAMES, _GAP = 4, 2  # of a clip's picture; pixels of white behind it
 _SPLIT_SEED = 0  # of what is held out: the same for every run, so that runs can be compared
 
 
 class ImageSource(Protocol):
-    """Images by number."""
+    """Images or clips by number."""
 
     def __len__(self) -> int: ...
 
-    def read(self, index: int, size: tuple[int, int], place: tuple[float, float]) -> Tensor:
-        """Uint8 [3, H, W] of one image, resized to (H, W) and cut at the place, see `fit_image`."""
+    def read(self, index: int, shape: Shape, place: tuple[float, float]) -> Tensor:
+        """Uint8 [*shape] of one, resized to (H, W) and cut at the place, see `fit_image`."""
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """Images that are in memory, uint8 [N, 3, H, W], of the size that is asked for."""
+    """Images or clips in memory, uint8 [N, *shape], of the shape that is asked for."""
 
     images: Tensor
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, index: int, size: tuple[int, int], place: tuple[float, float]) -> Tensor:
+    def read(self, index: int, shape: Shape, place: tuple[float, float]) -> Tensor:
         """As `ImageSource.read`."""
         return self.images[index]
 
 
 @dataclass(frozen=True)
 class Files:
-    """Image files."""
+    """Files of images or clips."""
 
     files: tuple[Path, ...]
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def read(self, index: int, size: tuple[int, int], place: tuple[float, float]) -> Tensor:
+    def read(self, index: int, shape: Shape, place: tuple[float, float]) -> Tensor:
         """As `ImageSource.read`."""
-        return read_image(self.files[index], size, place)
+        return read_sample(self.files[index], shape, place)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a Hugging Face dataset.
+    """Rows of a Hugging Face dataset, which are images.
 
     Attributes:
         rows: the dataset, whose column decodes to PIL images.
@@ -85,45 +86,45 @@ class Rows:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def read(self, index: int, size: tuple[int, int], place: tuple[float, float]) -> Tensor:
+    def read(self, index: int, shape: Shape, place: tuple[float, float]) -> Tensor:
         """As `ImageSource.read`."""
         image = self.rows[int(self.numbers[index])][self.column]
         if image is None:
             raise DataError(f"row {self.numbers[index]}: column '{self.column}' has no image")
-        return fit_image(image, size, place)
+        return fit_image(image, (shape[-2], shape[-1]), place)
 
 
 def load_images(
-    data: DataSection, size: tuple[int, int], *, seed: int, num_held_out: int, where: str
+    data: DataSection, shape: Shape, *, seed: int, num_held_out: int, where: str
 ) -> tuple[ImageSource, ImageSource]:
-    """The images that are trained on, and others that are not.
+    """The images or clips that are trained on, and others that are not.
 
     Args:
         data: the config's section.
-        size: height and width.
+        shape: of a sample.
         seed: of the scenes that are rendered for training.
-        num_held_out: images that are measured.
+        num_held_out: samples that are measured.
         where: names the config's file in errors.
 
     Raises:
-        ConfigError: the source does not exist or holds too few images.
+        ConfigError: the source does not exist, holds too few, or has no clips.
         MissingDependency: a dataset is named, and `datasets` is not installed.
     """
     if data.source == "shapes":
-        return _shapes(data, size, seed=seed, num_held_out=num_held_out, where=where)
+        return _shapes(data, shape, seed=seed, num_held_out=num_held_out, where=where)
     if num_held_out > data.held_out:
         raise ConfigError(
             f"{where}: eval.num_images={num_held_out}, but only data.held_out={data.held_out} "
-            "images are held out; raise data.held_out"
+            f"{kind(shape)}s are held out; raise data.held_out"
         )
     source = Path(data.source)
-    files = image_files(source) if source.is_dir() else ()
-    rows = None if files else _dataset(data, where)
+    files = sample_files(source, shape) if source.is_dir() else ()
+    rows = None if files else _dataset(data, shape, where)
     total = len(files) if files else len(rows)
     if total <= data.held_out:
         raise ConfigError(
-            f"{where}: data.source={data.source} holds {total} images, and data.held_out="
-            f"{data.held_out} of them are not trained on; lower data.held_out"
+            f"{where}: data.source={data.source} holds {total} {kind(shape)}s, and "
+            f"data.held_out={data.held_out} of them are not trained on; lower data.held_out"
         )
     rng = np.random.default_rng(_SPLIT_SEED)
     order = rng.permutation(total)
@@ -134,95 +135,62 @@ def load_images(
     return Rows(rows, data.image_column, trained), Rows(rows, data.image_column, held_out)
 
 
-def image_files(folder: Path) -> tuple[Path, ...]:
-    """The image files below a folder, sorted; hidden ones are left out."""
-    found = (f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
-    names = sorted(f.relative_to(folder) for f in found)
-    return tuple(folder / f for f in names if not any(p.startswith(".") for p in f.parts))
-
-
-def read_image(file: Path, size: tuple[int, int], place: tuple[float, float]) -> Tensor:
-    """Uint8 [3, H, W] of a file, see `fit_image`.
-
-    Raises:
-        DataError: it does not exist, or is no image.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(file) as image:
-            return fit_image(image, size, place)
-    except OSError as error:
-        raise DataError(f"{file} cannot be read as an image: {error}") from error
-
-
-def fit_image(
-    image: Image, size: tuple[int, int], place: tuple[float, float] = (0.5, 0.5)
-) -> Tensor:
-    """Uint8 [3, H, W]: turned as its EXIF says, RGB, resized (bicubic, anti-aliased) and cut.
-
-    Args:
-        image: of any size and mode; transparency is dropped.
-        size: H and W. The image is scaled until it just covers them.
-        place: of the cut among those there are, (row, column) in [0, 1]; 0.5 = centre.
-    """
-    from PIL import Image, ImageOps
-
-    rgb = ImageOps.exif_transpose(image).convert("RGB")
-    height, width = size
-    scale = max(height / rgb.height, width / rgb.width)
-    covering = (max(width, round(rgb.width * scale)), max(height, round(rgb.height * scale)))
-    if covering != rgb.size:
-        rgb = rgb.resize(covering, Image.Resampling.BICUBIC)
-    left = round((covering[0] - width) * place[1])
-    top = round((covering[1] - height) * place[0])
-    pixels = np.asarray(rgb.crop((left, top, left + width, top + height)))
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-
-
 # --------------------------------------------------------------------------- the Shapes world
 
 
-def render_scenes(num: int, size: int, *, seed: int, held_out: bool) -> Tensor:
-    """Scenes of all skills, uint8 [num, 3, size, size]: 64 x 64, averaged over areas if smaller.
-
-    Held-out ones show combinations that training never shows.
-    """
+def render_scenes(num: int, shape: Shape, *, seed: int, held_out: bool) -> Tensor:
+    """Scenes of all skills, uint8 [num, *shape]; held-out ones show combinations of their own."""
     rng = np.random.default_rng(derive_seed(seed, "scenes", str(held_out)))
     pools = [split(skill, held_out=held_out) for skill in SKILLS]
-    images = torch.empty(num, 3, size, size, dtype=torch.uint8)
+    images = torch.empty(num, *shape, dtype=torch.uint8)
     for index in range(num):
         pool = pools[rng.integers(len(pools))]
         scene = sample_scene(pool[rng.integers(len(pool))], rng)
-        image = torch.from_numpy(render(scene, rng))
-        if size != IMAGE_SIZE:
-            image = F.interpolate(image[None], size=(size, size), mode="area")[0]
-        images[index] = (image * 255).round().to(torch.uint8)
+        images[index] = draw_scene(scene, shape, rng)
     return images
 
 
+def draw_scene(scene: Scene, shape: Shape, rng: np.random.Generator) -> Tensor:
+    """Uint8 [*shape] of a scene, of a clip in motion: 64 x 64, averaged over areas if smaller."""
+    pixels = render_clip(scene, shape[0], rng) if len(shape) == 4 else render(scene, rng)[None]
+    frames = torch.from_numpy(pixels)
+    if shape[-1] != IMAGE_SIZE:
+        frames = F.interpolate(frames, size=tuple(shape[-2:]), mode="area")
+    return (frames * 255).round().to(torch.uint8).view(*shape)
+
+
+def shapes_fit(shape: Shape) -> bool:
+    """Whether scenes can be drawn so: squares of at most 64 pixels."""
+    return shape[-2] == shape[-1] <= IMAGE_SIZE
+
+
 def _shapes(
-    data: DataSection, size: tuple[int, int], *, seed: int, num_held_out: int, where: str
+    data: DataSection, shape: Shape, *, seed: int, num_held_out: int, where: str
 ) -> tuple[ImageSource, ImageSource]:
-    height, width = size
-    if height != width or height > IMAGE_SIZE:
+    if not shapes_fit(shape):
         raise ConfigError(
             f"{where}: data.source=shapes renders squares of at most {IMAGE_SIZE} pixels, but the "
-            f"tokenizer takes {height} x {width}; set tokenizer.args.image_size={IMAGE_SIZE}"
+            f"tokenizer takes {shape[-2]} x {shape[-1]}; set tokenizer.args.image_size={IMAGE_SIZE}"
         )
     num = data.num_images or _SHAPES_IMAGES
-    trained = render_scenes(num, height, seed=seed, held_out=False)
-    held_out = render_scenes(num_held_out, height, seed=_SPLIT_SEED, held_out=True)
+    trained = render_scenes(num, shape, seed=seed, held_out=False)
+    held_out = render_scenes(num_held_out, shape, seed=_SPLIT_SEED, held_out=True)
     return Tensors(trained), Tensors(held_out)
 
 
 # --------------------------------------------------------------------------- datasets
 
 
-def _dataset(data: DataSection, where: str) -> Any:
+def _dataset(data: DataSection, shape: Shape, where: str) -> Any:
     """The rows of a Hugging Face dataset, its column decoding to images."""
     key = f"{where}: data.source={data.source}"
     path = Path(data.source)
+    if len(shape) == 4:
+        found = "holds none" if path.is_dir() else "is no such folder"
+        raise ConfigError(
+            f"{key} {found}: the tokenizer takes {list(shape)}, so name 'shapes' or a folder of "
+            f"{expected(shape)}; Hugging Face datasets are read as images only"
+        )
     looks_local = data.source.startswith((".", "/", "~")) or data.source.count("/") > 1
     if looks_local and not path.is_dir():
         raise ConfigError(f"{key}: there is no such folder")
@@ -258,13 +226,27 @@ def _dataset(data: DataSection, where: str) -> Any:
 # --------------------------------------------------------------------------- for evaluation
 
 
-def stack(source: ImageSource, size: tuple[int, int]) -> Tensor:
-    """All images of a source, cut at the centre, uint8 [N, 3, H, W]."""
+def stack(source: ImageSource, shape: Shape) -> Tensor:
+    """All samples of a source, cut at the centre, uint8 [N, *shape]."""
     if isinstance(source, Tensors):
         return source.images
-    return torch.stack([source.read(index, size, (0.5, 0.5)) for index in range(len(source))])
+    return torch.stack([source.read(index, shape, (0.5, 0.5)) for index in range(len(source))])
 
 
 def to_float(images: Tensor, device: torch.device) -> Tensor:
     """Uint8 images as float32 in [0, 1] on a device."""
     return images.to(device, non_blocking=True).float() / 255
+
+
+def as_pictures(samples: Tensor) -> Tensor:
+    """Images [N, 3, H, W] as they are; of clips up to four frames side by side, parted by white.
+
+    Args:
+        samples: float [N, *shape] in [0, 1].
+    """
+    if samples.ndim == 4:
+        return samples
+    num = min(_SHOWN_FRAMES, samples.shape[1])
+    at = torch.linspace(0, samples.shape[1] - 1, num).round().long()
+    row = samples[:, at].permute(0, 2, 3, 1, 4).flatten(3)  # [N, 3, H, F * W]
+    return F.pad(row, (0, _GAP), value=1.0)

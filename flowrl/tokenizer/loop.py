@@ -41,7 +41,7 @@ class TokenizerRun:
         learner: trains.
         weights: everything that training changes.
         batches: of training images.
-        held_out: uint8 [N, 3, H, W], never trained on.
+        held_out: uint8 [N, *sample_shape], never trained on.
     """
 
     def __init__(

@@ -95,12 +95,14 @@ class AddOnSection(Record):
 
 
 class DataSection(Record):
-    """The images; they are resized to the tokenizer's size."""
+    """The images, resized to the tokenizer's size; for a tokenizer of clips, clips."""
 
     source: str = Field(
         min_length=1,
         description="'shapes' (rendered scenes), a folder of images, or a Hugging Face dataset: a "
-        "Hub id or a local folder",
+        "Hub id or a local folder. For a tokenizer of clips 'shapes' (scenes in motion) or a "
+        "folder of animated GIF, PNG or WebP files, videos (extra video) or folders of numbered "
+        "stills; of N frames those in the middle of F equal parts are taken",
     )
     split: str = Field(default="train", min_length=1, description="split of a dataset")
     image_column: str = Field(default="image", min_length=1, description="column of a dataset")
@@ -118,10 +120,10 @@ class DataSection(Record):
     crop: Literal["center", "random"] = Field(
         default="center",
         description="what is cut to the tokenizer's shape after the shorter side was resized to "
-        "it; held-out images are always cut at the centre",
+        "it, of a clip in all frames alike; held-out images are always cut at the centre",
     )
     flip: bool = Field(
-        default=False, description="mirror half of the training images, drawn at random"
+        default=False, description="mirror half of the training images or clips, drawn at random"
     )
     workers: int = Field(default=0, ge=0, description="processes that read images; 0 = this one")
 
@@ -215,7 +217,7 @@ class TokenizerConfig(Record):
     tokenizer: TokenizerSection = Field(description="what is trained")
     dropout: DropoutSection = Field(default=DropoutSection(), description="token dropout")
     addons: tuple[AddOnSection, ...] = Field(default=(), description="further losses")
-    data: DataSection = Field(description="the images")
+    data: DataSection = Field(description="the images or clips")
     optim: OptimSection = Field(description="the optimiser")
     compute: ComputeSection = Field(default=ComputeSection(), description="how the work is cut up")
     eval: EvalSection = Field(default=EvalSection(), description="the held-out evaluation")

@@ -128,7 +128,7 @@ class Learner:
         self.max_grad_norm = max_grad_norm
 
     def learn(self, batch: Iterable[Tensor], *, step: int, progress: float) -> dict[str, float]:
-        """One update on this process's micro-batches, uint8 [B, 3, H, W].
+        """One update on this process's micro-batches, uint8 [B, *sample_shape].
 
         Returns:
             Means over the batch, of all processes.

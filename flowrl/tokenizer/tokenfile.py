@@ -25,12 +25,12 @@ FORMAT = "flowrl.tokens/1"
 
 @dataclass(frozen=True)
 class TokenFile:
-    """The tokens of N images.
+    """The tokens of N images or clips.
 
     Attributes:
         tokenizer: folder or Hub id of what made them.
         fingerprint: of its configuration and weights.
-        names: of the images.
+        names: of the files.
         length: int64 [N], tokens of each.
         ids: int64 [N, L] or [N, L, G]; None where tokens are continuous.
         embeddings: [N, L, C], only where tokens are continuous.

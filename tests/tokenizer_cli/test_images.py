@@ -16,13 +16,8 @@ from PIL import Image
 
 from flowrl.errors import ConfigError, DataError, MissingDependency
 from flowrl.tokenizer.batches import Batches, Cut, batches_of, numbers_of
-from flowrl.tokenizer.images import (
-    Tensors,
-    fit_image,
-    load_images,
-    read_image,
-    render_scenes,
-)
+from flowrl.tokenizer.files import fit_image, read_sample
+from flowrl.tokenizer.images import Tensors, load_images, render_scenes
 from flowrl.tokenizer.schema import DataSection
 from rewards.shapes.grammar import SKILLS, is_held_out, requests
 
@@ -49,22 +44,22 @@ def test_an_image_is_turned_as_its_exif_says(tmp_path):
     image, exif = columns(0, 255), Image.Exif()
     exif[0x0112] = 6  # show it turned by 90 degrees clockwise
     image.save(tmp_path / "a.png", exif=exif)
-    cut = read_image(tmp_path / "a.png", (2, 4), (0.5, 0.5))
+    cut = read_sample(tmp_path / "a.png", (3, 2, 4))
     assert cut[0].tolist() == [[0] * 4, [255] * 4]
 
 
 def test_a_file_that_is_no_image_is_named(tmp_path):
     (tmp_path / "a.png").write_text("no")
     with pytest.raises(DataError, match=r"a\.png cannot be read as an image"):
-        read_image(tmp_path / "a.png", (2, 2), (0.5, 0.5))
+        read_sample(tmp_path / "a.png", (3, 2, 2))
 
 
 def test_scenes_are_a_function_of_the_seed():
-    first = render_scenes(4, 16, seed=1, held_out=False)
+    first = render_scenes(4, (3, 16, 16), seed=1, held_out=False)
     assert first.dtype == torch.uint8 and first.shape == (4, 3, 16, 16)
-    assert torch.equal(first, render_scenes(4, 16, seed=1, held_out=False))
-    assert not torch.equal(first, render_scenes(4, 16, seed=2, held_out=False))
-    large = render_scenes(4, 64, seed=1, held_out=False).float()
+    assert torch.equal(first, render_scenes(4, (3, 16, 16), seed=1, held_out=False))
+    assert not torch.equal(first, render_scenes(4, (3, 16, 16), seed=2, held_out=False))
+    large = render_scenes(4, (3, 64, 64), seed=1, held_out=False).float()
     means = large.unflatten(2, (16, 4)).unflatten(4, (16, 4)).mean((3, 5))
     assert (means - first.float()).abs().max() <= 1.0  # areas, up to two roundings
 
@@ -80,9 +75,9 @@ def test_trained_and_held_out_scenes_show_other_combinations(monkeypatch):
         return sample(request, rng)
 
     monkeypatch.setattr(images, "sample_scene", noted)
-    render_scenes(40, 16, seed=0, held_out=False)
+    render_scenes(40, (3, 16, 16), seed=0, held_out=False)
     assert seen[False] and not seen[True]
-    render_scenes(40, 16, seed=0, held_out=True)
+    render_scenes(40, (3, 16, 16), seed=0, held_out=True)
     assert seen[True]
     assert any(is_held_out(r) for skill in SKILLS for r in requests(skill))
 
@@ -99,18 +94,18 @@ def folder(tmp_path):
 
 
 def greys(source):
-    return {int(source.read(i, (4, 4), (0.5, 0.5)).unique()) for i in range(len(source))}
+    return {int(source.read(i, (3, 4, 4), (0.5, 0.5)).unique()) for i in range(len(source))}
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_folders_held_out_images_are_never_trained_on(folder, seed):
     data = DataSection(source=str(folder), held_out=4)
-    trained, held_out = load_images(data, (4, 4), seed=seed, num_held_out=3, where="a.yaml")
+    trained, held_out = load_images(data, (3, 4, 4), seed=seed, num_held_out=3, where="a.yaml")
     assert len(trained) == 6 and len(held_out) == 3
     assert not greys(trained) & greys(held_out)
     assert greys(trained) | greys(held_out) <= {20 * i for i in range(10)}
     fewer = DataSection(source=str(folder), held_out=4, num_images=2)
-    same = load_images(fewer, (4, 4), seed=7, num_held_out=3, where="a.yaml")[1]
+    same = load_images(fewer, (3, 4, 4), seed=7, num_held_out=3, where="a.yaml")[1]
     assert greys(same) == greys(held_out)  # whatever is trained on, whatever the seed
 
 
@@ -120,13 +115,13 @@ def test_too_few_images_are_refused(folder):
         (DataSection(source=str(folder), held_out=2), "only data.held_out=2"),
     ):
         with pytest.raises(ConfigError, match=words):
-            load_images(section, (4, 4), seed=0, num_held_out=3, where="a.yaml")
+            load_images(section, (3, 4, 4), seed=0, num_held_out=3, where="a.yaml")
 
 
 def test_a_dataset_needs_its_package(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingDependency, match=r"pip install -e '\.\[datasets\]'"):
-        load_images(DataSection(source="a/b"), (4, 4), seed=0, num_held_out=3, where="a.yaml")
+        load_images(DataSection(source="a/b"), (3, 4, 4), seed=0, num_held_out=3, where="a.yaml")
 
 
 @pytest.mark.parametrize("layout", ["parquet", "saved"])
@@ -149,12 +144,12 @@ def test_a_dataset_on_the_disk_is_read(tmp_path, monkeypatch, layout):
         folder = tmp_path / "saved"
         datasets.load_dataset(str(tmp_path / "parquet")).save_to_disk(str(folder))
     data = DataSection(source=str(folder), image_column="picture", held_out=4)
-    trained, held_out = load_images(data, (4, 4), seed=0, num_held_out=3, where="a.yaml")
+    trained, held_out = load_images(data, (3, 4, 4), seed=0, num_held_out=3, where="a.yaml")
     assert len(trained) == 6 and len(held_out) == 3 and not greys(trained) & greys(held_out)
     for key, value in (("image_column", "pictrue"), ("split", "tarin")):
         wrong = data.model_copy(update={key: value})
         with pytest.raises(ConfigError, match=f"data.{key}={value}"):
-            load_images(wrong, (4, 4), seed=0, num_held_out=3, where="a.yaml")
+            load_images(wrong, (3, 4, 4), seed=0, num_held_out=3, where="a.yaml")
 
 
 # --------------------------------------------------------------------------- batches
@@ -176,7 +171,7 @@ def test_an_epoch_shows_every_image_once():
 
 def counted(cut, start=0, **how):
     images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(10, 3, 2, 2)
-    batches = Batches(Tensors(images), (2, 2), cut, seed=3, **how)
+    batches = Batches(Tensors(images), (3, 2, 2), cut, seed=3, **how)
     steps = batches_of(batches, start=start, steps=4, workers=0)
     return [[part[:, 0, 0, 0].tolist() for part in step] for step in steps]
 
@@ -197,7 +192,7 @@ def test_reading_draws_nothing_from_the_global_generator():
 def test_about_half_of_the_images_are_mirrored():
     image = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
     image[..., 1] = 255
-    batches = Batches(Tensors(image), (2, 2), Cut(64, 64), seed=0, flip=True)
+    batches = Batches(Tensors(image), (3, 2, 2), Cut(64, 64), seed=0, flip=True)
     mirrored = (batches[0, 0][:, 0, 0, 0] == 255).sum()
     assert 16 < mirrored < 48
     assert torch.equal(batches[0, 0], batches[0, 0])
@@ -208,8 +203,8 @@ def test_a_random_crop_is_drawn_anew_every_time(folder):
 
     ramp = folder / "ramp.png"
     columns(*range(0, 160, 2)).save(ramp)
-    batches = Batches(Files((ramp,)), (4, 4), Cut(8, 8), seed=0, random_crop=True)
+    batches = Batches(Files((ramp,)), (3, 4, 4), Cut(8, 8), seed=0, random_crop=True)
     lefts = batches[0, 0][:, 0, 0, 0]
     assert len(lefts.unique()) > 4 and torch.equal(lefts, batches[0, 0][:, 0, 0, 0])
-    centred = Batches(Files((ramp,)), (4, 4), Cut(8, 8), seed=0)
+    centred = Batches(Files((ramp,)), (3, 4, 4), Cut(8, 8), seed=0)
     assert centred[0, 0][:, 0, 0, 0].unique().tolist() == [76]  # (80 - 4) / 2 = 38th column

@@ -76,10 +76,11 @@ def test_parts_that_do_not_exist_or_fit_are_named(tmp_path, overrides, words):
     assert str(caught.value).startswith("toy.yaml: ") and words in str(caught.value)
 
 
-CONFIGS = {  # bits per image, as the configs' comments say
-    "shapes_vq": 64 * 9,
-    "shapes_binary": 64 * 16,
-    "shapes_flextok": 16 * math.log2(1000),
+CONFIGS = {  # bits per sample, as the configs' comments say, and its shape
+    "shapes_vq": (64 * 9, (3, 64, 64)),
+    "shapes_binary": (64 * 16, (3, 64, 64)),
+    "shapes_flextok": (16 * math.log2(1000), (3, 64, 64)),
+    "shapes_clips_larp": (32 * 9, (4, 3, 32, 32)),
 }
 
 
@@ -90,8 +91,9 @@ def test_every_config_builds_its_tokenizer():
         config = load_tokenizer_config(file)
         assert config.run.name == file.stem
         training = build_training(config, where=file.name)
-        assert training.tokenizer.bits == pytest.approx(CONFIGS[file.stem])
-        assert training.tokenizer.sample_shape == (3, 64, 64)
+        bits, shape = CONFIGS[file.stem]
+        assert training.tokenizer.bits == pytest.approx(bits)
+        assert training.tokenizer.sample_shape == shape
         assert (training.dropout is not None) == (len(training.tokenizer.token_counts) > 1)
 
 

@@ -16,7 +16,7 @@ from flowrl.errors import ConfigError
 from flowrl.tokenizer.evaluation.ar_probe import ArSettings
 from flowrl.tokenizer.evaluation.evaluate import Settings, chosen_counts, evaluate
 from flowrl.tokenizer.evaluation.features import FeatureNetwork
-from flowrl.tokenizer.evaluation.samples import Samples, shapes_samples
+from flowrl.tokenizer.evaluation.samples import Samples, load_samples, shapes_samples
 from tokenizers_vis.registry import make_tokenizer
 
 
@@ -147,10 +147,55 @@ def test_strict_reading_counts_scenes_whose_objects_are_found():
     assert strict(originals[:, :, ::2, ::2], held_out) is None
 
 
+def test_a_clip_reads_if_every_frame_does():
+    """One frame of another scene in every clip, and none of them reads."""
+    from flowrl.tokenizer.evaluation.distances import strict
+
+    clips = shapes_samples(8, (3, 3, 64, 64), seed=0, held_out=True)
+    originals = clips.pixels(slice(None))
+    assert strict(originals, clips)["mean"] == 1
+    broken = originals.clone()
+    broken[:, 2] = originals[:, 2].roll(1, 0)
+    assert strict(broken, clips)["mean"] < 0.3
+    assert strict(originals[..., ::2, ::2], clips) is None
+
+
+def test_clips_of_shapes_carry_labels_and_are_measured():
+    shape = (4, 3, 16, 16)
+    pair = load_samples("shapes", shape, num_held_out=8, num_train=24, seed=0)
+    assert [tuple(each.images.shape) for each in pair] == [(8, *shape), (24, *shape)]
+    assert "8 clips of 4 frames of the Shapes world, 16 x 16" in pair[0].about
+    assert pair[0].labels.keys() == {"shape", "color", "number"}
+    tokenizer = CONTRACT.tiny("larp clips")
+    result = evaluate(tokenizer, *pair, features=MEANS, settings=QUICK)
+    assert result.record["counts"][0]["strict"] is None  # the canvas is not 64 x 64
+    assert result.record["linear_probe"].keys() == pair[0].labels.keys()
+    width = 4 * 16 + 2  # of the frames side by side
+    assert {tuple(each.shape) for each in result.pictures.values()} == {(3, 3, 16, width)}
+    original = result.pictures["original"][:, :, :, 16:32]
+    assert torch.equal(original, pair[0].images[:3, 1])  # bit by bit
+
+
+def test_a_folder_of_clips_is_measured_by_its_classes(tmp_path):
+    from flowrl.tokenizer.files import write_png
+
+    clips, _ = load_samples("shapes", (4, 3, 16, 16), num_held_out=12, num_train=1)
+    for number, clip in enumerate(clips.images):
+        file = tmp_path / ("odd" if number % 2 else "even") / f"c{number}x.png"
+        file.parent.mkdir(exist_ok=True)
+        write_png(clip.permute(0, 2, 3, 1).contiguous(), file)
+    held_out, train = load_samples(str(tmp_path), (4, 3, 16, 16), num_held_out=4, num_train=9)
+    assert held_out.about == f"{tmp_path}: 4 held-out clips, 8 others for the probes"
+    known = {clip.numpy().tobytes(): number % 2 for number, clip in enumerate(clips.images)}
+    for part in (held_out, train):
+        assert part.labels["class"].tolist() == [known[c.numpy().tobytes()] for c in part.images]
+
+
 def test_shapes_do_not_share_scenes_and_depend_on_the_seed():
-    held_out, train = (shapes_samples(20, 16, seed=0, held_out=side) for side in (True, False))
-    assert held_out.fingerprint == shapes_samples(20, 16, seed=0, held_out=True).fingerprint
-    assert held_out.fingerprint != shapes_samples(20, 16, seed=1, held_out=True).fingerprint
+    small = (3, 16, 16)
+    held_out, train = (shapes_samples(20, small, seed=0, held_out=side) for side in (True, False))
+    assert held_out.fingerprint == shapes_samples(20, small, seed=0, held_out=True).fingerprint
+    assert held_out.fingerprint != shapes_samples(20, small, seed=1, held_out=True).fingerprint
     assert not torch.equal(held_out.images, train.images)
     assert all(len(found) - 1 == n for found, n in zip(held_out.objects, held_out.labels["number"],
                                                        strict=True))  # fmt: skip

@@ -113,6 +113,19 @@ def test_the_interval_of_a_frechet_distance_reflects_the_bias_of_resampling():
     assert (constant.mean, constant.low, constant.high) == (2.0, 2.0, 2.0)
 
 
+def test_the_bootstrap_of_clips_resamples_clips():
+    """Frames of a clip are alike: as single samples they would make the interval too narrow."""
+    generator = torch.Generator().manual_seed(0)
+    clips = torch.randn(40, 1, 3, generator=generator)
+    first, second = (each.expand(-1, 16, -1).flatten(0, 1) for each in (clips, clips * 1.5 + 0.5))
+    once = frechet(clips[:, 0], clips[:, 0] * 1.5 + 0.5, resamples=60)
+    found = frechet(first, second, frames=16, resamples=60)
+    frames = frechet(first, second, resamples=60)
+    assert found["mean"] == pytest.approx(frames["mean"])
+    width, of_clips, of_frames = (each["high"] - each["low"] for each in (once, found, frames))
+    assert of_clips == pytest.approx(width, rel=0.1) and of_frames < 0.5 * of_clips
+
+
 def test_wide_features_get_no_interval():
     rows = torch.randn(6, 129, generator=torch.Generator().manual_seed(0))
     assert frechet(rows, rows + 1) == {"mean": pytest.approx(129, rel=1e-4),

@@ -170,6 +170,34 @@ def test_eval_and_report_from_the_command_line(tmp_path):
     assert "2 visual tokenizers" in page.read_text()
 
 
+def test_clips_are_evaluated_and_the_page_says_so(tmp_path):
+    from tokenizers_vis.registry import make_tokenizer, save_pretrained
+
+    small = {"image_size": 16, "num_tokens": 4, "vocab": 16, "code_dim": 4, "dim": 16,
+             "num_heads": 2, "encoder_depth": 1, "decoder_depth": 1}  # fmt: skip
+    script = tmp_path / "means.pt"
+    torch.jit.script(torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten())).save(
+        str(script)
+    )
+    quick = ["--num-images", "6", "--num-train", "20", "--ar-steps", "0", "--features", str(script)]
+    for name, frames in (("clips", {"num_frames": 4, "patch_frames": 2}), ("images", {})):
+        torch.manual_seed(0)
+        save_pretrained(make_tokenizer("larp", {**small, **frames}), tmp_path / name)
+        command = ["eval", str(tmp_path / name), "--out", str(tmp_path / f"{name} eval"), *quick]
+        result = CliRunner().invoke(app, ["tokenizer", *command])
+        assert result.exit_code == 0, result.output
+        (page,) = (make_page([tmp_path / f"{name} eval"], tmp_path / f"{name}.html"))[:1]
+        text = page.read_text()
+        assert ("samples are clips of 4 frames" in text) == (name == "clips")
+        assert ("no Fréchet video distance" in text) == (name == "clips")
+        assert "Strict reading is absent" in text
+    record = json.loads((tmp_path / "clips eval/clips/eval.json").read_text())
+    assert record["counts"][0]["strict"] is None and record["counts"][0]["frechet"]["mean"] > 0
+    assert record["data"]["about"].startswith("6 clips of 4 frames")
+    with pytest.raises(ConfigError, match="on other images"):
+        make_page([tmp_path / "clips eval", tmp_path / "images eval"], tmp_path / "both.html")
+
+
 def test_the_command_line_says_what_does_not_fit(tmp_path):
     from flowrl.commands.tokenizer_eval_tools import EvalOptions, evaluate_all, name_of, report
 

@@ -25,7 +25,7 @@ def test_the_shipped_network_reads_other_sizes_and_says_what_it_is(monkeypatch, 
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     found = load_features("auto")
     assert found.name == "Shapes classifier" and "no published FID" in found.about
-    full, half = (shapes_samples(4, size, seed=0, held_out=True).pixels(slice(None))
+    full, half = (shapes_samples(4, (3, size, size), seed=0, held_out=True).pixels(slice(None))
                   for size in (64, 32))  # fmt: skip
     rows = feature_rows(found, full), feature_rows(found, half)
     assert rows[0].shape == rows[1].shape == (4, 64)

@@ -28,26 +28,28 @@ Record = dict[str, Any]
 _MOST_RESAMPLED = 128  # features; a Frechet distance of more is too slow to be bootstrapped
 
 
-def frechet(rows: Tensor, originals: Tensor, *, seed: int = 0, resamples: int = 100) -> Record:
-    """The Frechet distance of reconstructions to their originals.
+def frechet(
+    rows: Tensor, originals: Tensor, *, frames: int = 1, seed: int = 0, resamples: int = 100
+) -> Record:
+    """The Frechet distance of reconstructions to their originals; of clips, of their frames.
 
     Args:
-        rows: features [N, D] of the reconstructions. The bootstrap resamples images, both sides
-            together; features wider than 128 get no interval.
-        originals: features [N, D] of the originals, in the same order.
+        rows: features [N * F, D] of the reconstructions. The bootstrap resamples images or clips,
+            both sides together; features wider than 128 get no interval.
+        originals: features [N * F, D] of the originals, in the same order.
+        frames: F, rows of one clip; 1 for images.
         seed: of the bootstrap.
         resamples: of it.
     """
     if rows.shape[1] > _MOST_RESAMPLED:
         return {"mean": frechet_distance(rows, originals), "low": None, "high": None}
-    return asdict(
-        statistic_interval(
-            lambda index: frechet_distance(rows[index], originals[index]),
-            len(rows),
-            seed=seed,
-            num=resamples,
-        )
-    )
+    pairs = [each.unflatten(0, (-1, frames)) for each in (rows, originals)]
+
+    def distance(index: Tensor) -> float:
+        first, second = (each[index].flatten(0, 1) for each in pairs)
+        return frechet_distance(first, second)
+
+    return asdict(statistic_interval(distance, len(pairs[0]), seed=seed, num=resamples))
 
 
 def lpips_mean(
@@ -67,13 +69,17 @@ def lpips_mean(
 def strict(images: Tensor, samples: Samples) -> Record | None:
     """Share of scenes of which the detector finds exactly the painted (shape, color) objects.
 
-    None where the objects are not known, or the canvas is not the 64 x 64 that the detector reads.
+    Of a clip it has to find them in every frame. None where the objects are not known, or the
+    canvas is not the 64 x 64 that the detector reads.
     """
-    if samples.objects is None or images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
+    if samples.objects is None or images.shape[-3:] != (3, IMAGE_SIZE, IMAGE_SIZE):
         return None
-    arrays: Any = images.numpy().astype(np.float64)
+    clips: Any = images.reshape(len(images), -1, *images.shape[-3:]).numpy().astype(np.float64)
     hits = [
-        tuple(sorted((each.shape, each.color) for each in detect(array))) == wanted
-        for array, wanted in zip(arrays, samples.objects, strict=True)
+        all(
+            tuple(sorted((each.shape, each.color) for each in detect(frame))) == wanted
+            for frame in clip
+        )
+        for clip, wanted in zip(clips, samples.objects, strict=True)
     ]
     return asdict(share_interval(torch.tensor(hits)))

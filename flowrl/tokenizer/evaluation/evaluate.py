@@ -24,6 +24,8 @@ from flowrl.tokenizer.evaluation.perceptual import Lpips
 from flowrl.tokenizer.evaluation.probes import linear_probe, token_features
 from flowrl.tokenizer.evaluation.samples import Samples, limited
 from flowrl.tokenizer.evaluation.speed import speed
+from flowrl.tokenizer.files import kind
+from flowrl.tokenizer.images import as_pictures
 from tokenizers_vis.tokenizer import Solver, VisualTokenizer
 from tokenizers_vis.tokens import Tokens
 
@@ -61,8 +63,8 @@ class Evaluation:
 
     Attributes:
         record: plain numbers, see `evaluate`.
-        pictures: uint8 [num_shown, 3, H, W] (of clips their first frame) by "original" and the
-            number of tokens.
+        pictures: uint8 [num_shown, 3, H, W] by "original" and the number of tokens; of clips a few
+            frames side by side.
     """
 
     record: Record
@@ -93,7 +95,8 @@ def evaluate(
         A record with `tokenizer` (what it is), `data`, `counts` (distortion and rate for every
         number of tokens), `usage`, `linear_probe`, `ar_probe` and `speed`. What does not exist is
         None: distortion without a decoder, bits of continuous tokens, strict reading where the
-        objects are not known or the canvas is not 64 x 64.
+        objects are not known or the canvas is not 64 x 64. Of clips, Frechet distance, LPIPS and
+        SSIM are those of their frames, and "image" in the name of a number means a clip.
 
     Raises:
         ConfigError: a number of tokens that it cannot keep, images that it does not take, or a
@@ -181,7 +184,8 @@ def _distortion(
     settings: Settings,
 ) -> tuple[list[Record], dict[str, Tensor]]:
     """A row per number of tokens, and the pictures."""
-    pictures = {"original": _frames(held_out.images[: settings.num_shown])}
+    shown = slice(0, settings.num_shown)
+    pictures = {"original": _pictures(held_out.pixels(shown))}
     if not tokenizer.is_decodable:
         empty = dict.fromkeys(("psnr", "psnr_gain", "mse", "ssim", "lpips", "frechet", "strict"))
         return [{"num_tokens": count, **empty} for count in counts], pictures
@@ -191,7 +195,7 @@ def _distortion(
     before: Tensor | None = None
     for count in counts:
         drawn = _reconstructed(tokenizer, held_out, count, settings)
-        pictures[str(count)] = _frames((drawn[: settings.num_shown] * 255).round().to(torch.uint8))
+        pictures[str(count)] = _pictures(drawn[shown])
         ratio = psnr(drawn, originals)
         gain = None if before is None else asdict(mean_interval(ratio - before))
         rows.append(
@@ -212,7 +216,9 @@ def _distortion(
 
 def _frechet(features: FeatureNetwork, drawn: Tensor, clean: Tensor, settings: Settings) -> Record:
     rows = feature_rows(features, drawn, batch_size=settings.batch_size)
-    return frechet(rows, clean, seed=settings.seed, resamples=settings.resamples)
+    frames = len(rows) // len(drawn)
+    seed, resamples = settings.seed, settings.resamples
+    return frechet(rows, clean, frames=frames, seed=seed, resamples=resamples)
 
 
 def _rate(tokenizer: VisualTokenizer, tokens: Tokens, count: int) -> Record:
@@ -364,9 +370,8 @@ def _vocabs(tokenizer: VisualTokenizer) -> Tensor:
     return torch.tensor(sizes)
 
 
-def _frames(images: Tensor) -> Tensor:
-    """Of clips the first frame."""
-    return images[:, 0] if images.ndim == 5 else images
+def _pictures(samples: Tensor) -> Tensor:
+    return (as_pictures(samples) * 255).round().to(torch.uint8)
 
 
 def _check(
@@ -375,8 +380,8 @@ def _check(
     for samples in (held_out, train):
         if not tokenizer.accepts(tuple(samples.images.shape[1:])) or len(samples) < 2:
             raise ConfigError(
-                f"{tokenizer.name} takes images {list(tokenizer.sample_shape)}, two or more; got "
-                f"{list(samples.images.shape)}"
+                f"{tokenizer.name} takes {kind(tokenizer.sample_shape)}s "
+                f"{list(tokenizer.sample_shape)}, two or more; got {list(samples.images.shape)}"
             )
     if settings.solver is not None and not tokenizer.is_generative:
         raise ConfigError(f"{tokenizer.name} decodes in one forward; it takes no solver")

@@ -174,8 +174,18 @@ def notes(records: Sequence[Record]) -> list[str]:
     """What has to be known before a number is believed."""
     data = records[0]["data"]
     found = [f"{data['about']}.", f"Fréchet distance: {data['features_about']}"]
+    shape = records[0]["tokenizer"]["sample_shape"]
+    if len(shape) == 4:
+        found.append(
+            f"The samples are clips of {shape[0]} frames: where this page says image, it means a "
+            "clip. Fréchet distance, LPIPS and SSIM are those of single frames; no network of "
+            "videos looked at the motion, so there is no Fréchet video distance. Pictures show a "
+            "few frames of a clip side by side."
+        )
     if data["lpips"] is None:
         found.append("LPIPS is absent: no weights were given for it.")
+    if data["strict_of_originals"] is None:
+        found.append("Strict reading is absent: it needs Shapes on a canvas of 64 x 64.")
     threads = {(r["speed"]["device"], r["speed"]["threads"]) for r in records}
     if len(threads) > 1:
         found.append("Timings were taken on different devices or threads: they do not compare.")

@@ -1,4 +1,4 @@
-"""The images that tokenizers are compared on, with what is known of them.
+"""The images or clips that tokenizers are compared on, with what is known of them.
 
 Reading order: `Samples`, `load_samples` (a command's --data), `shapes_samples`.
 """
@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flowrl.data.seeds import derive_seed
 from flowrl.errors import ConfigError
+from flowrl.tokenizer.files import Shape, kind
+from flowrl.tokenizer.images import Files, draw_scene, load_images, shapes_fit, stack
 from rewards.shapes.grammar import SKILLS, describe, sample_scene, split
-from rewards.shapes.render import render
 from rewards.shapes.vocabulary import COLORS, IMAGE_SIZE, SHAPES
 
 
@@ -52,13 +52,14 @@ class Samples:
 
 
 def load_samples(
-    source: str, size: tuple[int, int], *, num_held_out: int, num_train: int, seed: int = 0
+    source: str, shape: Shape, *, num_held_out: int, num_train: int, seed: int = 0
 ) -> tuple[Samples, Samples]:
-    """Held-out images, and others to train probes on.
+    """Held-out images or clips, and others to train probes on.
 
     Args:
-        source: "shapes", a folder of images (sub-folders are classes), or a Hugging Face data set.
-        size: height and width.
+        source: "shapes", a folder of images or clips (sub-folders are classes), or a Hugging Face
+            data set of images.
+        shape: (3, H, W) of images, (F, 3, H, W) of clips.
         num_held_out: images that are measured. Of a folder or data set they are the first of those
             that `flowrl tokenizer train` holds out, as long as there are no more than its
             `data.held_out`.
@@ -69,53 +70,54 @@ def load_samples(
         ConfigError: the source does not exist, or holds too few images.
     """
     if source == "shapes":
-        if size[0] != size[1] or size[0] > IMAGE_SIZE:
+        if not shapes_fit(shape):
             raise ConfigError(
                 f"data=shapes renders squares of at most {IMAGE_SIZE} pixels, but the tokenizer "
-                f"takes {size[0]} x {size[1]}; name a folder of images"
+                f"takes {shape[-2]} x {shape[-1]}; name a folder of {kind(shape)}s"
             )
-        held_out = shapes_samples(num_held_out, size[0], seed=seed, held_out=True)
-        return held_out, shapes_samples(num_train, size[0], seed=seed, held_out=False)
-    from flowrl.tokenizer.images import Files, load_images, stack
+        held_out = shapes_samples(num_held_out, shape, seed=seed, held_out=True)
+        return held_out, shapes_samples(num_train, shape, seed=seed, held_out=False)
     from flowrl.tokenizer.schema import DataSection
 
     data = DataSection(source=source, held_out=num_held_out, num_images=num_train)
     trained, measured = load_images(
-        data, size, seed=seed, num_held_out=num_held_out, where="--data"
+        data, shape, seed=seed, num_held_out=num_held_out, where="--data"
     )
-    about = f"{source}: {len(measured)} held-out images, {len(trained)} others for the probes"
+    about = (
+        f"{source}: {len(measured)} held-out {kind(shape)}s, {len(trained)} others for the probes"
+    )
     labels: list[dict[str, Tensor]] = [{}, {}]
     if isinstance(trained, Files) and isinstance(measured, Files):
         labels = _folder_labels(Path(source), measured.files, trained.files)
     pair = zip((measured, trained), labels, strict=True)
-    first, second = (Samples(stack(found, size), each, about=about) for found, each in pair)
+    first, second = (Samples(stack(found, shape), each, about=about) for found, each in pair)
     return first, second
 
 
-def shapes_samples(num: int, size: int = IMAGE_SIZE, *, seed: int, held_out: bool) -> Samples:
+def shapes_samples(
+    num: int, shape: Shape = (3, IMAGE_SIZE, IMAGE_SIZE), *, seed: int, held_out: bool
+) -> Samples:
     """Rendered scenes of all skills; held-out ones are of combinations that training never shows.
 
-    Labels: shape and color of the largest object, and the number of objects - 1. Images are
-    64 x 64, averaged over areas if smaller.
+    Labels: shape and color of the largest object, and the number of objects - 1. See
+    `flowrl.tokenizer.images.draw_scene`.
     """
     rng = np.random.default_rng(derive_seed(seed, "tokenizer evaluation", str(held_out)))
     pools = [split(skill, held_out=held_out) for skill in SKILLS]
-    images = torch.empty(num, 3, size, size, dtype=torch.uint8)
+    images = torch.empty(num, *shape, dtype=torch.uint8)
     facts = torch.empty(num, 3, dtype=torch.int64)
     objects = []
     for index, skill in enumerate(rng.integers(len(pools), size=num)):
         scene = sample_scene(pools[skill][rng.integers(len(pools[skill]))], rng)
-        image = torch.from_numpy(render(scene, rng))[None]
-        if size != IMAGE_SIZE:
-            image = F.interpolate(image, size=(size, size), mode="area")
-        images[index] = (image[0] * 255).round().to(torch.uint8)
+        images[index] = draw_scene(scene, shape, rng)
         largest = max(scene.objects, key=lambda each: each.radius)
-        shape, color = list(SHAPES).index(largest.shape), list(COLORS).index(largest.color)
-        facts[index] = torch.tensor([shape, color, len(scene.objects) - 1])
+        names = list(SHAPES).index(largest.shape), list(COLORS).index(largest.color)
+        facts[index] = torch.tensor([*names, len(scene.objects) - 1])
         objects.append(tuple(describe(scene)))
     labels = dict(zip(("shape", "color", "number"), facts.unbind(1), strict=True))
-    kind = "combinations that training never shows" if held_out else "train combinations"
-    about = f"{num} scenes of the Shapes world, {size} x {size}, of {kind}"
+    side = "combinations that training never shows" if held_out else "train combinations"
+    what = "scenes" if len(shape) == 3 else f"clips of {shape[0]} frames"
+    about = f"{num} {what} of the Shapes world, {shape[-2]} x {shape[-1]}, of {side}"
     return Samples(images, labels, tuple(objects), about)
 
 
