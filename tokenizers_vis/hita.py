@@ -140,7 +140,7 @@ class Hita(VisualTokenizer):
         generator: torch.Generator | None = None,
     ) -> TokenizerOutput:
         self.check_samples(images)
-        tokens, losses = self._quantized(images)
+        tokens, losses = self._quantized(images, sample=True)
         tokens = self.softened(tokens, progress=progress, generator=generator)
         drawn = self._image(tokens.embeddings)
         hard = 1 - self.soft_share(progress)
@@ -188,14 +188,14 @@ class Hita(VisualTokenizer):
     def _encode(
         self, images: Tensor, num_tokens: int, *, sample: bool, generator: torch.Generator | None
     ) -> Tokens:
-        return self._quantized(images)[0]
+        return self._quantized(images, sample=sample)[0]
 
     def _decode(
         self, tokens: Tokens, *, solver: Solver | None, generator: torch.Generator | None
     ) -> Tensor:
         return self._image(torch.where(tokens.mask[..., None], tokens.embeddings, 0))
 
-    def _quantized(self, images: Tensor) -> tuple[Tokens, dict[str, LossTerm]]:
+    def _quantized(self, images: Tensor, *, sample: bool) -> tuple[Tokens, dict[str, LossTerm]]:
         """Tokens [B, S + N, C] and the tables' losses.
 
         Slots and patches see each other, then, causally, those before them: in the order in which
@@ -206,7 +206,7 @@ class Hita(VisualTokenizer):
         x = torch.cat([queries, self.patch_in(grid)], dim=1)
         x = self.causal(self.full(x, coords=self.coords), mask=self.mask, coords=self.coords)
         slots, patches = (
-            table(part)
+            table(part, sample=sample)
             for table, part in zip((self.slot_table, self.patch_table), self._parts(x), strict=True)
         )
         embeddings = torch.cat([slots.embeddings, patches.embeddings], dim=1)

@@ -83,6 +83,9 @@ def pixel_losses(drawn: Tensor, images: Tensor, *, l1: float, l2: float) -> dict
 class VisualTokenizer(nn.Module, ABC):
     """Base of all tokenizers. A tokenizer has a frozen record of its numbers, `Config`.
 
+    Weights are float32; for speed use autocast, under which embeddings and images are float32 and
+    codes are chosen in float32 all the same. Weights cast to half precision are not served.
+
     Args:
         config: of the tokenizer.
         layout: of all its tokens.
@@ -196,7 +199,7 @@ class VisualTokenizer(nn.Module, ABC):
         solver: Solver | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Images float [B, *sample_shape] in [0, 1].
+        """Images float32 [B, *sample_shape] in [0, 1].
 
         Args:
             tokens: of this tokenizer.
@@ -208,7 +211,7 @@ class VisualTokenizer(nn.Module, ABC):
         """
         if solver is not None and not self.is_generative:
             raise ValueError(f"{self.name} decodes in one forward; it takes no solver")
-        return self._decode(tokens, solver=solver, generator=generator).clamp(0, 1)
+        return self._decode(tokens, solver=solver, generator=generator).float().clamp(0, 1)
 
     def tokens_from_ids(self, ids: Tensor, length: Tensor | None = None) -> Tokens:
         """Tokens of ids that a model made.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tokenizers_vis.addons.base import AddOn
 from tokenizers_vis.blocks import Transformer, causal_mask
-from tokenizers_vis.quantizers.base import LossTerm, masked_mean
+from tokenizers_vis.quantizers.base import LossTerm, in_full_precision, masked_mean
 from tokenizers_vis.quantizers.stochastic import draw_ids
 from tokenizers_vis.tokenizer import TokenizerOutput, VisualTokenizer
 
@@ -114,7 +114,9 @@ class ARPrior(AddOn):
         """[B, L - 1, V] of tokens 2 to L, from the embeddings [B, L - 1, C] of 1 to L - 1."""
         x = self.token_in(inputs) + self.places
         x = self.trunk(x, mask=causal_mask(x.shape[1], device=x.device))
-        return code_logits(self.code_out(x).float(), table, self.temperature, unit=self.is_unit)
+        predicted = self.code_out(x).float()
+        with in_full_precision(predicted):
+            return code_logits(predicted, table, self.temperature, unit=self.is_unit)
 
     def table(self, device: torch.device) -> Tensor:
         """The tokenizer's codes [V, C] as they are now, detached."""

@@ -6,7 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizers_vis.quantizers.base import LossTerm, Quantized, Quantizer, masked_mean
+from tokenizers_vis.quantizers.base import (
+    LossTerm,
+    Quantized,
+    Quantizer,
+    in_full_precision,
+    masked_mean,
+)
 from tokenizers_vis.tokenizer import TokenizerOutput
 from tokenizers_vis.tokens import Codebook, TokenLayout
 
@@ -57,7 +63,10 @@ class CodeTable(Quantizer):
         if self.unit_length:
             features = F.normalize(features, dim=-1)
         codes = self.codes
-        with torch.no_grad():  # |f - c|^2 without |f|^2, which is the same for every code
+        with (
+            torch.no_grad(),
+            in_full_precision(features),
+        ):  # |f - c|^2 without |f|^2, which is the same for every code
             distance = codes.square().sum(-1) - 2 * features @ codes.T
             ids = distance.argmin(-1)
         chosen = F.embedding(ids, codes)

@@ -157,6 +157,7 @@ class DiffusersGrid(VisualTokenizer):
 
     def _image(self, embeddings: Tensor) -> Tensor:
         grid = embeddings.transpose(1, 2).unflatten(2, self.layout.segments[0].shape)
+        grid = grid.to(self.vae.dtype)
         if self.is_vq:  # the library's decode() would quantise once more, or take ids
             spatial = grid if self.vae.config.norm_type == "spatial" else None
             drawn = self.vae.decoder(self.vae.post_quant_conv(grid), spatial)
@@ -166,8 +167,8 @@ class DiffusersGrid(VisualTokenizer):
 
 
 def _rows(grid: Tensor) -> Tensor:
-    """[B, C, h, w] -> [B, L, C], row by row."""
-    return grid.flatten(2).transpose(1, 2)
+    """[B, C, h, w] -> float32 [B, L, C], row by row; under autocast the grid is bfloat16."""
+    return grid.flatten(2).transpose(1, 2).float()
 
 
 def _library_class(numbers: Mapping[str, Any]) -> Any:

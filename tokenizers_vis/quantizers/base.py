@@ -90,6 +90,11 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     return hard.detach() + (soft - soft.detach())
 
 
+def in_full_precision(like: Tensor) -> torch.autocast:
+    """Where near codes are told apart: autocast makes products of float32 tensors bfloat16, too."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """Mean of values [B, L] where the mask is True; 0 where it nowhere is."""
     if mask is None:

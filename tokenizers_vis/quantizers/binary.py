@@ -11,6 +11,7 @@ from tokenizers_vis.quantizers.base import (
     LossTerm,
     Quantized,
     Quantizer,
+    in_full_precision,
     masked_mean,
     straight_through,
 )
@@ -28,7 +29,9 @@ class GroupedBinary(Quantizer):
     Papers: BitDance, arXiv:2602.14041 (grouped signs and entropies); UniWeTok, arXiv:2602.14178
     (SigLu before the sign). On (-1, 1) entropy and commitment both push outward; unbounded, their
     gradients oppose each other beyond 1, and SigLu makes commitment redundant. The weights are
-    ours: neither paper gives them. sign(0) = +1.
+    ours: neither paper gives them. sign(0) = -1, as in both inference codes. Differs: E[p] is one
+    mean for each group; BitDance's code has one for all groups together, so that groups which are
+    constant, each at another corner, look diverse to it.
 
     Args:
         in_dim: width of the features.
@@ -107,7 +110,7 @@ class GroupedBinary(Quantizer):
         the first is a sum over bits; the second needs the table of corners. Float32 also under
         autocast: in bfloat16 the logarithms of 2^bits small probabilities are noise.
         """
-        with torch.autocast(grouped.device.type, enabled=False):
+        with in_full_precision(grouped):
             return self._entropies(grouped.float(), mask)
 
     def _entropies(self, grouped: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

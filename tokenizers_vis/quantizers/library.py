@@ -10,11 +10,19 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from vector_quantize_pytorch import FSQ, LFQ, VectorQuantize
 
 from tokenizers_vis.bits import check_groups
-from tokenizers_vis.quantizers.base import LossTerm, Quantized, Quantizer, masked_mean
+from tokenizers_vis.quantizers.base import (
+    LossTerm,
+    Quantized,
+    Quantizer,
+    in_full_precision,
+    masked_mean,
+    straight_through,
+)
 from tokenizers_vis.tokens import Codebook
 
 
@@ -55,7 +63,10 @@ class Vq(Quantizer):
     """A learned table with cosine distances, moved by exponential averages.
 
     Papers: VQ-VAE, arXiv:1711.00937; ViT-VQGAN for the cosine, arXiv:2110.04627. The rotation trick
-    is off: the papers here are straight-through.
+    is off: the papers here are straight-through, and so is it, in evaluation too (the library's
+    gradient stops there). The table moves in training with `sample` alone: encoding is a pure
+    function in the middle of a training, too. The library draws what replaces a dead code from the
+    global generator.
 
     Args:
         in_dim: width of the features.
@@ -93,13 +104,20 @@ class Vq(Quantizer):
         sample: bool = False,
         generator: torch.Generator | None = None,
     ) -> Quantized:
-        projected = nn.functional.normalize(self.project(features).float(), dim=-1)
-        embeddings, ids, _ = self.table(projected, mask=mask)
+        projected = F.normalize(self.project(features).float(), dim=-1)
+        # As it stands before it moves: a code that is chosen and dies in the same step lies
+        # elsewhere afterwards, and the features would be pulled there.
+        table = self.table.codebook.clone()
+        with in_full_precision(projected):
+            _, ids, _ = self.table(projected.detach(), mask=mask, freeze_codebook=not sample)
+        if mask is not None:
+            ids = torch.where(mask, ids, 0)
+        codes = F.embedding(ids, table)
+        error = (projected - codes).square().mean(-1)
+        losses = {"commitment": LossTerm(self.commitment, masked_mean(error, mask))}
+        embeddings = straight_through(codes, projected)
         if mask is not None:
             embeddings = torch.where(mask[..., None], embeddings, 0)
-            ids = torch.where(mask, ids, 0)
-        error = (projected - self.embed(ids).detach()).square().mean(-1)
-        losses = {"commitment": LossTerm(self.commitment, masked_mean(error, mask))}
         return Quantized(embeddings, projected, ids, losses)
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -110,7 +128,9 @@ class Lfq(Quantizer):
     """Lookup-free quantisation: signs in groups, with the entropies of MAGVIT-2.
 
     Paper: MAGVIT-2, arXiv:2310.05737. The library's LFQ; a group of more than 12 bits is refused,
-    because its table of corners would not fit.
+    because its table of corners would not fit. Its ids have the first bit highest, those of
+    `GroupedBinary` lowest. Its loss is 0 in evaluation, and its entropy that of probabilities at
+    temperature 0.01, whose gradient lives within 0.01 of zero.
 
     Args:
         in_dim: width of the features.
@@ -150,10 +170,11 @@ class Lfq(Quantizer):
         generator: torch.Generator | None = None,
     ) -> Quantized:
         projected = self.project(features).float()
-        embeddings, ids, loss = self.lattice(projected, mask=mask)
-        return Quantized(
-            embeddings, projected, ids.long(), {"entropy": LossTerm(self.entropy, loss)}
-        )
+        with in_full_precision(projected):  # the library does it on CUDA alone
+            _, ids, loss = self.lattice(projected, mask=mask)
+        ids = ids.long()
+        embeddings = straight_through(self.embed(ids), projected)
+        return Quantized(embeddings, projected, ids, {"entropy": LossTerm(self.entropy, loss)})
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.lattice.indices_to_codes(ids)  # type: ignore[no-any-return]

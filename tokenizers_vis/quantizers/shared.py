@@ -17,6 +17,7 @@ from tokenizers_vis.quantizers.base import (
     LossTerm,
     Quantized,
     Quantizer,
+    in_full_precision,
     masked_mean,
     straight_through,
 )
@@ -146,7 +147,8 @@ class SharedIndexVq(Quantizer):
     def _cosines(self, vectors: Tensor) -> list[Tensor]:
         """Of vectors [..., C] with every code, [..., V], part by part."""
         pairs = zip(self.parts(vectors), self.parts(self.codes), strict=True)
-        return [F.normalize(one, dim=-1) @ F.normalize(code, dim=-1).T for one, code in pairs]
+        with in_full_precision(vectors):
+            return [F.normalize(one, dim=-1) @ F.normalize(code, dim=-1).T for one, code in pairs]
 
 
 def _shares(weights: Sequence[float]) -> tuple[float, ...]:

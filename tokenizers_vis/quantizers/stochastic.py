@@ -10,6 +10,7 @@ from tokenizers_vis.quantizers.base import (
     LossTerm,
     Quantized,
     Quantizer,
+    in_full_precision,
     masked_mean,
     straight_through,
 )
@@ -61,7 +62,8 @@ class StochasticVq(Quantizer):
     ) -> Quantized:
         # The scores are divided by 0.03: bfloat16 would round them to steps of 0.13.
         projected = F.normalize(self.project(features).float(), dim=-1)
-        scores = projected.detach() @ self.table.detach().T
+        with in_full_precision(projected):
+            scores = projected.detach() @ self.table.detach().T
         if sample:
             ids = draw_ids(torch.softmax(scores / self.temperature, dim=-1), generator)
         else:
