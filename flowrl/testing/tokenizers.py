@@ -22,13 +22,15 @@ def check_tokenizer(tokenizer: Any, images: Tensor, *, tolerance: float = 1e-4) 
     """Raises unless `tokenizer`, a `tokenizers_vis.tokenizer.VisualTokenizer`, keeps its word.
 
     Encoding: in evaluation mode it is a pure function that draws no number and changes no state;
-    embeddings are float32 [B, L, C] and finite, ids int64 within the codebook; every number of
-    tokens of `token_counts` can be kept, and masks exactly the others; another number, and images
-    of another shape, are refused by a ValueError; an image's tokens do not depend on its
-    neighbours. Ids lead back to the same embeddings, bit by bit, also for fewer positions.
-    Decoding: images float of the samples' shape in [0, 1], the same for the same generator,
-    whatever lies beyond the mask. Training: named, weighted, finite losses; their gradient reaches
-    every parameter that encoding has. What `save_pretrained` wrote loads as the same tokenizer.
+    in training mode, too, it changes no state; embeddings are float32 [B, L, C] and finite, ids
+    int64 within the codebook; every number of tokens of `token_counts` can be kept, and masks
+    exactly the others; another number, and images of another shape, are refused by a ValueError; an
+    image's tokens do not depend on its neighbours. Ids lead back to the same embeddings, bit by
+    bit, also for fewer positions. Decoding: images float32 of the samples' shape in [0, 1], the
+    same for the same generator, whatever lies beyond the mask. Dtypes, and the way back from ids,
+    are the same under bfloat16 autocast. Training: named, weighted, finite losses; their gradient,
+    and that of the tokens' embeddings, reaches every parameter that encoding has. What
+    `save_pretrained` wrote loads as the same tokenizer.
 
     Args:
         tokenizer: small enough to run some twenty times; its weights are not changed.
@@ -42,11 +44,13 @@ def check_tokenizer(tokenizer: Any, images: Tensor, *, tolerance: float = 1e-4) 
         _check_refusals(tokenizer, images)
         if tokenizer.encode(images).ids is not None:
             _check_ids(tokenizer, images)
-        _check_saving(tokenizer, images)
+        _check_autocast(tokenizer, images)
     _check_training(tokenizer, images)
-    if tokenizer.is_decodable:  # after training: closed gates would hide what a decoder looks at
-        with torch.no_grad():
-            _check_decode(tokenizer.eval(), images, tolerance)
+    tokenizer.eval()
+    with torch.no_grad():  # after training: closed gates would hide what a decoder looks at
+        if tokenizer.is_decodable:
+            _check_decode(tokenizer, images, tolerance)
+        _check_saving(tokenizer, images)
 
 
 def _check_encode(tokenizer: Any, images: Tensor, tolerance: float) -> None:
@@ -56,6 +60,10 @@ def _check_encode(tokenizer: Any, images: Tensor, tolerance: float) -> None:
     require_same(torch.get_rng_state(), state, 0, "the random state", "after encode()")
     for name, value in _state(tokenizer).items():
         require_same(value, before[name], 0, name, "after encode() in evaluation mode")
+    tokenizer.train().encode(images)
+    tokenizer.eval()
+    for name, value in _state(tokenizer).items():
+        require_same(value, before[name], 0, name, "after encode() in training mode")
     require_same(
         again.embeddings, tokens.embeddings, 0, "embeddings", "when encode() is called twice"
     )
@@ -93,6 +101,8 @@ def _check_refusals(tokenizer: Any, images: Tensor) -> None:
     beyond = tokenizer.token_counts[-1] + 1
     _refuses(lambda: tokenizer.encode(images, beyond), f"encode(num_tokens={beyond})")
     _refuses(lambda: tokenizer.encode(images, 0), "encode(num_tokens=0)")
+    if between := [n for n in range(1, beyond) if n not in tokenizer.token_counts]:
+        _refuses(lambda: tokenizer.encode(images, between[0]), f"encode(num_tokens={between[0]})")
     _refuses(lambda: tokenizer.encode(images[..., :-1]), "encode() of images of another shape")
 
 
@@ -106,6 +116,9 @@ def _check_ids(tokenizer: Any, images: Tensor) -> None:
         prefix = tokenizer.tokens_from_ids(tokens.ids[:, :count])
         mask = tokenizer.encode(images, count).mask
         require_same(prefix.mask, mask, 0, "the mask", "when it comes from a prefix's ids")
+        length = torch.full((len(images),), count, device=images.device)
+        cut = tokenizer.tokens_from_ids(tokens.ids, length)
+        require_same(cut.mask, mask, 0, "the mask", "when it comes from ids and their length")
     _refuses(lambda: tokenizer.tokens_from_ids(tokens.ids + 10**9), "ids beyond the codebook")
     found = tokenizer.usage(tokens.ids)
     require(bool(found), "usage()", "statistics by name", found)
@@ -134,8 +147,22 @@ def _check_decode(tokenizer: Any, images: Tensor, tolerance: float) -> None:
         require_same(
             decoded(spoilt), drawn, 0, f"images of {count} tokens", "whatever the others are"
         )
-        alone = decoded(tokens.select(torch.tensor([0])))
+        alone = decoded(tokens.select(torch.tensor([0], device=images.device)))
         require_same(alone, drawn[:1], tolerance, "an image", "when it is decoded alone")
+
+
+def _check_autocast(tokenizer: Any, images: Tensor) -> None:
+    where = "under autocast"
+    with torch.autocast(images.device.type, dtype=torch.bfloat16):
+        tokens = tokenizer.encode(images)
+        dtype = tokens.embeddings.dtype
+        require(dtype == torch.float32, f"embeddings {where}", "float32", dtype)
+        if tokens.ids is not None:
+            back = tokenizer.tokens_from_ids(tokens.ids).embeddings
+            require_same(back, tokens.embeddings, 0, "embeddings from ids", where)
+        if tokenizer.is_decodable:
+            drawn = tokenizer.decode(tokens)
+            require(drawn.dtype == torch.float32, f"images {where}", "float32", drawn.dtype)
 
 
 def _check_saving(tokenizer: Any, images: Tensor) -> None:
@@ -143,12 +170,15 @@ def _check_saving(tokenizer: Any, images: Tensor) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(tokenizer, folder)
-        loaded = load_pretrained(folder)
+        loaded = load_pretrained(folder).to(images.device)
     require(
         loaded.config == tokenizer.config, "a loaded config", f"{tokenizer.config}", loaded.config
     )
     tokens, same = tokenizer.encode(images), loaded.encode(images)
     require_same(same.embeddings, tokens.embeddings, 0, "embeddings", "when saved and loaded")
+    if tokenizer.is_decodable:
+        drawn, again = tokenizer.decode(tokens), loaded.decode(tokens)
+        require_same(again, drawn, 0, "decoded images", "when saved and loaded")
 
 
 def _check_training(tokenizer: Any, images: Tensor) -> None:
@@ -159,9 +189,10 @@ def _check_training(tokenizer: Any, images: Tensor) -> None:
     traced.float().square().sum().backward()
     encoding = [name for name, p in parameters.items() if p.grad is not None]
     tokenizer.train()
+    _check_straight_through(tokenizer, images, {name: parameters[name] for name in encoding})
     optimizer = torch.optim.Adam(list(parameters.values()), lr=1e-3)
-    counts = torch.tensor(tokenizer.token_counts)
-    drawn = counts[torch.arange(len(images)) % len(counts)]
+    counts = torch.tensor(tokenizer.token_counts, device=images.device)
+    drawn = counts[torch.arange(len(images), device=images.device) % len(counts)]
     for step in range(_ENOUGH_STEPS):
         generator = torch.Generator().manual_seed(step)
         optimizer.zero_grad()
@@ -175,6 +206,24 @@ def _check_training(tokenizer: Any, images: Tensor) -> None:
         optimizer.step()
     cut_off = [n for n in encoding if parameters[n].grad is None or not parameters[n].grad.any()]
     require(not cut_off, "the losses' gradient", "in all of the encoder", f"none in {cut_off}")
+
+
+def _check_straight_through(tokenizer: Any, images: Tensor, encoding: dict[str, Tensor]) -> None:
+    """What a decoder, a prior or a teacher says to the tokens must reach who made them."""
+    generator = torch.Generator().manual_seed(0)
+    embeddings = tokenizer(images, progress=1.0, generator=generator).tokens.embeddings
+    require(embeddings.requires_grad, "embeddings in training", "with a gradient", "none")
+    # In a random direction: the sum of squares of bits, or of unit codes, is constant.
+    direction = torch.randn(embeddings.shape, generator=generator).to(embeddings)
+    found = torch.autograd.grad(
+        (embeddings * direction).sum(), list(encoding.values()), allow_unused=True
+    )
+    cut_off = [
+        name
+        for name, gradient in zip(encoding, found, strict=True)
+        if gradient is None or not gradient.any()
+    ]
+    require(not cut_off, "the embeddings' gradient", "in all of the encoder", f"none in {cut_off}")
 
 
 def _refuses(call: Callable[[], Any], what: str) -> None:

@@ -9,11 +9,12 @@ from flowrl.testing import check_tokenizer
 from tests.tokenizers.test_contract import samples, tiny
 from tokenizers_vis.flextok import FlexTok
 from tokenizers_vis.grid import GridTokenizer
+from tokenizers_vis.hieratok import HieraTok
 
 
 def broken(base, **members):
     """A tiny tokenizer of a class that has some members replaced."""
-    case = {GridTokenizer: "grid vq", FlexTok: "flextok pixels"}[base]
+    case = {GridTokenizer: "grid vq", FlexTok: "flextok pixels", HieraTok: "hieratok"}[base]
     tokenizer = tiny(case)
     tokenizer.__class__ = type(f"Broken{base.__name__}", (base,), members)
     return tokenizer
@@ -72,6 +73,36 @@ def keeps_all_in_training(self, images, *, progress=0.0, num_tokens=None, genera
     return FlexTok.forward(self, images, progress=progress, generator=generator)
 
 
+def rounds_up(self, images, num_tokens=None, *, sample=False, generator=None):
+    known = [count for count in self.token_counts if num_tokens and count >= num_tokens]
+    count = known[0] if known else num_tokens
+    return HieraTok.encode(self, images, count, sample=sample, generator=generator)
+
+
+def learns_in_training(self, images, num_tokens, *, sample, generator):
+    return GridTokenizer._encode(self, images, num_tokens, sample=True, generator=generator)
+
+
+def stops_the_gradient(self, images, *, progress=0.0, num_tokens=None, generator=None):
+    output = GridTokenizer.forward(self, images, progress=progress, generator=generator)
+    cut = dataclasses.replace(output.tokens, embeddings=output.tokens.embeddings.detach())
+    return dataclasses.replace(output, tokens=cut)
+
+
+def halves_under_autocast(self, images, num_tokens, *, sample, generator):
+    found = GridTokenizer._encode(self, images, num_tokens, sample=sample, generator=generator)
+    dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
+    return dataclasses.replace(found, embeddings=found.embeddings.to(dtype))
+
+
+def forgets_the_length(self, ids, length=None):
+    return FlexTok.tokens_from_ids(self, ids)
+
+
+def draws_otherwise(self, tokens, *, solver, generator):
+    return 1 - GridTokenizer._decode(self, tokens, solver=solver, generator=generator)
+
+
 BREACHES = {
     "encoding draws numbers": (GridTokenizer, {"_encode": draws}, "random state|called twice"),
     "encoding changes weights": (GridTokenizer, {"_encode": learns}, "after encode|called twice"),
@@ -83,6 +114,29 @@ BREACHES = {
     "decoding draws its own noise": (FlexTok, {"_decode": forgets_the_seed}, "called twice"),
     "images leave their range": (GridTokenizer, {"decode": unclamped}, r"within \[0, 1\]"),
     "the encoder learns nothing": (GridTokenizer, {"forward": cut_off}, "gradient"),
+    "a count that it has not is rounded": (HieraTok, {"encode": rounds_up}, "num_tokens=2"),
+    "encoding moves the table in training": (
+        GridTokenizer,
+        {"_encode": learns_in_training},
+        "in training mode",
+    ),
+    "tokens stop the gradient": (
+        GridTokenizer,
+        {"forward": stops_the_gradient},
+        "embeddings in training",
+    ),
+    "embeddings are bfloat16 under autocast": (
+        GridTokenizer,
+        {"_encode": halves_under_autocast},
+        "under autocast",
+    ),
+    "a length is ignored": (FlexTok, {"tokens_from_ids": forgets_the_length}, "their length"),
+    # The name in the file is that of the plain class, which decodes otherwise.
+    "a loaded one draws otherwise": (
+        GridTokenizer,
+        {"_decode": draws_otherwise},
+        "decoded images.*saved and loaded",
+    ),
     "dropout is ignored": (FlexTok, {"forward": keeps_all_in_training}, "kept in training"),
 }
 
