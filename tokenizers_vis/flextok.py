@@ -73,7 +73,10 @@ class FlexTok(VisualTokenizer):
     Differs from the published model: the decoder predicts the clean image and is compared as a
     velocity (a patch of 192 pixels through a narrow network cannot carry the noise that a velocity
     has; measured with width 96: with velocities the error is that of no tokens at all); rotary
-    and learned places; no muP. REPA, which needs DINOv2's weights, is left to the add-on `distill`.
+    and learned places; no muP. There is no REPA (the decoder's middle features beside DINOv2's,
+    whose weights are not here; its weight and layer are not published): the add-on `distill`
+    teaches the tokens, which is something else. Guidance is plain, and off unless asked for; the
+    release has 7.5, projected and bounded (APG), as `published.flextok` does.
     A small model learns to look at its tokens several times sooner with compare="clean" and
     sigma_mean=1 (32 x 32 Shapes, 600 steps: error with all tokens 0.022 against 0.035).
     """

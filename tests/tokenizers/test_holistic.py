@@ -97,6 +97,15 @@ def test_sampled_tokens_follow_their_generator_and_the_plain_ones_need_none():
     assert torch.equal(tokenizer.encode(images).ids, tokenizer.encode(images).ids)
 
 
+def test_larps_numbers_are_the_papers():
+    """tau = .03; L_vq = .25 |z - sg q|^2 + |sg z - q|^2 with weight .1. Mutation: either weight."""
+    tokenizer = larp()
+    losses = tokenizer(torch.rand(2, 3, 16, 16), generator=torch.Generator().manual_seed(0)).losses
+    found = {name: losses[name].weight for name in ("commitment", "codebook", "pixel_l1")}
+    assert found == pytest.approx({"commitment": 0.025, "codebook": 0.1, "pixel_l1": 1.0})
+    assert tokenizer.quantizer.temperature == 0.03
+
+
 def test_the_two_differ_in_their_quantiser_and_loss_alone():
     a = {name: p.shape for name, p in larp().named_parameters() if "quantizer" not in name}
     titok = make_tokenizer("titok", TINY)

@@ -127,6 +127,18 @@ def test_encoding_in_training_mode_is_a_pure_function():
         assert torch.equal(value, before[name]), name
 
 
+def test_a_scale_is_lost_in_training_as_often_as_the_config_says():
+    """Mutations: the config's share, or its commitment, does not reach the quantiser."""
+    level = tokenflow().layout.level
+    for share, lost in ((1.0, 1), (0.0, 0)):
+        tokenizer = tokenflow(scale_dropout=share, commitment=0.5).train()
+        output = tokenizer(images(), generator=torch.Generator().manual_seed(0))
+        silent = (output.tokens.embeddings == 0).all(-1)
+        per_scale = torch.stack([silent[:, level == n].all(1) for n in range(3)], 1)
+        assert (per_scale.sum(1) == lost).all()
+        assert output.losses["commitment"].weight == 0.5
+
+
 def test_training_logs_the_rank_in_either_codebook():
     metrics = tokenflow()(images()).metrics
     assert set(metrics) == {"rank_0", "rank_1"}

@@ -80,6 +80,22 @@ def test_siglu_bounds_features_and_bitdance_does_not():
         assert torch.equal(tokens.embeddings, torch.where(tokens.features > 0, 1.0, -1.0))
 
 
+@pytest.mark.parametrize("name", ["uniwetok", "bitdance"])
+def test_the_quantisers_numbers_are_the_configs(name):
+    """Mutation: one of them is not handed on."""
+    numbers = {"entropy": 0.3, "diversity": 0.7, "commitment": 0.2, "temperature": 0.5}
+    tokenizer = tiny(name, **numbers)
+    output = tokenizer(images(16), generator=torch.Generator().manual_seed(0))
+    grouped = output.tokens.features.unflatten(-1, (2, 4))
+    assert tokenizer.quantizer.temperature == 0.5
+    sure, diverse = tokenizer.quantizer.entropies(grouped, None)
+    torch.testing.assert_close(output.losses["entropy"].value, sure - 0.7 * diverse)
+    assert output.losses["entropy"].weight == 0.3
+    assert output.losses["commitment"].weight == 0.2
+    error = (output.tokens.features - output.tokens.embeddings).square().mean()
+    torch.testing.assert_close(output.losses["commitment"].value, error)
+
+
 def test_a_token_has_128_bits_without_a_table():
     tokenizer = tiny(num_bits=128, group_bits=8)
     tokens = tokenizer.encode(images(16))
