@@ -153,7 +153,7 @@ class Tokens:
         return self.mask.sum(1)
 
     def keep(self, num_tokens: int | Tensor) -> Tokens:
-        """The first `num_tokens` (one number, or int64 [B]) of those that count."""
+        """What counts among the first `num_tokens` (one number, or int64 [B]) positions."""
         wanted = torch.as_tensor(num_tokens, device=self.mask.device).reshape(-1, 1)
         position = torch.arange(self.mask.shape[1], device=self.mask.device)
         return replace(self, mask=self.mask & (position < wanted))

@@ -30,10 +30,10 @@ class SharedIndexVq(Quantizer):
     """One id for all parts: argmin_j of sum_p weight_p * |unit(z_p) - unit(c_pj)|^2.
 
     Paper: TokenFlow, arXiv:2412.03069, section 3.1: parts semantic and pixel with weights 1 and
-    w = 1. Distances are of unit vectors; what is looked up is the code at its own length, so that a
-    residual can shrink (the released code, without its l2 flag). It has no projection: features are
-    quantised where they stand. Differs: a code that went unused is placed on a vector of the batch,
-    all its parts on the same one.
+    w = 1. Distances are of unit vectors. It has no projection: features are quantised where they
+    stand. Differs: what is looked up is the code at its own length, so that a residual can shrink
+    (the released code has an l2 flag, with which codes have length 1; its other branch does not
+    run); a code that went unused is placed on a vector of the batch, all its parts on the same one.
 
     Which part decides depends on its width: unit vectors of D dimensions at random have distances
     of spread 2 / sqrt(D), so with widths 32 and 8 and w = 1 the pixel part rules. The metrics
