@@ -106,6 +106,27 @@ def test_its_loss_reaches_the_encoder_of_any_tokenizer_of_bits(case):
     assert all(each is not None and bool(each.any()) for each in found)
 
 
+def test_the_trunk_reads_bits_of_which_some_are_turned():
+    """Its share is the add-on's `flip`. Mutation: another share, or turned targets."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer(*CASES["bitdance"])
+    prior = BitPrior(flip=1.0, **TINY)
+    prior.attach(tokenizer)
+    loosened(prior.predictor)
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    output = tokenizer(images)
+
+    def seeded():
+        return torch.Generator().manual_seed(0)
+
+    found = prior(images, output, progress=0.5, generator=seeded())["bit_prior"].value
+    turned = prior.predictor.loss(output.tokens, flip=1.0, generator=seeded())
+    seen = []
+    prior.predictor.conditions = lambda bits, layout: seen.append(bits) or torch.zeros(2, 16, 16)
+    prior(images, output, progress=0.5, generator=seeded())
+    assert torch.equal(found, turned) and torch.equal(seen[0], -output.tokens.embeddings)
+
+
 def test_tokens_that_are_no_bits_are_refused():
     for args in ({"vocab": 16}, {"quantizer": "kl", "dim": 4}):
         tokenizer = make_tokenizer("grid", {**SMALL, **args})

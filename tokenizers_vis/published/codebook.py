@@ -63,10 +63,8 @@ class CodeTable(Quantizer):
         if self.unit_length:
             features = F.normalize(features, dim=-1)
         codes = self.codes
-        with (
-            torch.no_grad(),
-            in_full_precision(features),
-        ):  # |f - c|^2 without |f|^2, which is the same for every code
+        # |f - c|^2 without |f|^2, which is the same for every code.
+        with torch.no_grad(), in_full_precision(features):
             distance = codes.square().sum(-1) - 2 * features @ codes.T
             ids = distance.argmin(-1)
         chosen = F.embedding(ids, codes)
