@@ -2,7 +2,8 @@
 
 `python benchmarks/tokenizers/flextok.py [--seeds 0 1 2]`: for every seed a FlexTok with nested
 dropout and one without, on 32 x 32 pixels, and their errors on the same held-out images and noise
-at every prefix. About three minutes per training on one core.
+at every prefix. About three minutes per training on one core. What the first token says of a scene,
+against the last, is asked of the FlexTok that comes with flowrl.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from typing import Any
 
 import torch
 from lab import Scenes, arguments, confidence, fit, once, scenes, spread, write_result
+from probes import linear_probe
 from torch import Tensor
 
 from tokenizers_vis.addons.dropout import TokenDropout
-from tokenizers_vis.registry import make_tokenizer
+from tokenizers_vis.registry import load_pretrained, make_tokenizer
 from tokenizers_vis.tokenizer import Solver
 from tokenizers_vis.training import TokenizerTraining
 
@@ -43,6 +45,7 @@ def main() -> None:
         each = [spread(errors[arm][:, i].mean(1).tolist()) for arm in errors]
         print(f"{count:8}" + "".join(f"{text:>24}" for text in each))
     claims = [*falls(errors["nested"]), control(errors), *complexity(errors["nested"], held)]
+    claims += first_and_last()
     for claim in claims:
         print("shows  " if claim["shows"] else "DOES NOT SHOW  ", claim["claim"], claim["numbers"])
     curves = {arm: errors[arm].mean(2).tolist() for arm in errors}
@@ -101,6 +104,42 @@ def control(errors: dict[str, Tensor]) -> dict[str, Any]:
         "numbers": f"error over that with it: {ratios[0]:.2f} at 1 token, {ratios[1]:.2f} at 2, "
         f"{full:.2f} with all",
     }
+
+
+def first_and_last() -> list[dict[str, Any]]:
+    """Does the first token say more of a scene than the last one? By linear probes of each."""
+    found = []
+    for label in ("shape", "color", "num_objects"):
+        hits = once("flextok", {"probe": label, "of": "shapes_flextok"}, lambda: probe(label))  # noqa: B023
+        gain = torch.tensor(hits["first"]).float() - torch.tensor(hits["last"]).float()
+        low, high = confidence(gain)
+        found.append({
+            "claim": f"the first token says more of the scene than the last one: {label}",
+            "shows": low > 0,
+            "numbers": f"accuracy {sum(hits['first']) / len(gain):.3f} against "
+            f"{sum(hits['last']) / len(gain):.3f}, 95 % interval of the difference {low:+.3f} to "
+            f"{high:+.3f}",
+        })  # fmt: skip
+    return found
+
+
+@torch.no_grad()
+def probe(label: str) -> dict[str, list[bool]]:
+    """Whether a probe of the first and of the last token is right, by held-out scene."""
+    tokenizer = load_pretrained("shapes_flextok")
+    seen, asked = scenes(2000, seed=2, size=64), scenes(1024, seed=3, size=64, held_out=True)
+    known, found = (
+        torch.cat([tokenizer.encode(part).embeddings for part in each.images.split(128)])
+        for each in (seen, asked)
+    )
+    hits = {}
+    for name, place in (("first", 0), ("last", -1)):
+        with torch.enable_grad():
+            right = linear_probe(
+                known[:, place], getattr(seen, label), found[:, place], getattr(asked, label)
+            )
+        hits[name] = right.tolist()
+    return hits
 
 
 def complexity(errors: Tensor, held: Scenes) -> list[dict[str, Any]]:

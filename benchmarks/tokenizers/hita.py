@@ -4,7 +4,9 @@
 
 The same tokenizer is trained with shift 1 (as the paper does it) and with shift 0 (its control:
 every patch has its own token). Slots, or as many patches, of held-out images are then replaced by
-those of another image, and a linear probe looks for the largest object's colour and shape.
+those of another image, and a linear probe looks for the largest object's colour and shape. A causal
+transformer, trained from scratch on frozen ids, says how many bits the patches have left when their
+slots are known.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from lab import Scenes, arguments, claim, confidence, fit, once, scenes, spread, write_result
+from larp import Probe
 from probes import linear_probe
 from torch import Tensor
 
@@ -27,7 +30,7 @@ BASE = HitaConfig(
     image_size=32, channels=(16, 32, 64), num_slots=4, shift=1, slot_vocab=128, patch_vocab=128,
     dim=8, width=64, num_heads=4, full_depth=2, causal_depth=2, fusion_depth=2, pixel_l2=10.0,
 )  # fmt: skip
-TRAIN, HELD_OUT, BATCH = 4000, 512, 48
+TRAIN, HELD_OUT, BATCH, PROBE_STEPS = 4000, 512, 48, 500
 LABELS = ("color", "shape")
 
 
@@ -64,7 +67,38 @@ def measure(tokenizer: Hita, train: Scenes, held_out: Scenes, *, seed: int) -> d
                 tokens.embeddings[:, part].flatten(1), targets[1],
             )  # fmt: skip
             found[f"{label}_from_{name}"] = float(hits.float().mean())
+    known = tokenizer.encode(train.images).ids
+    found["bits_given_slots"] = patch_bits(known, tokens.ids, num_slots, seed=seed)
+    found["bits_alone"] = patch_bits(known[:, num_slots:], tokens.ids[:, num_slots:], 0, seed=seed)
     return found
+
+
+@torch.enable_grad()
+def patch_bits(known: Tensor, ids: Tensor, num_slots: int, *, seed: int) -> list[float]:
+    """Bits of the patches of every image by a causal probe that reads the slots before them.
+
+    Args:
+        known: int64 [N, L], what the probe is trained on; its first `num_slots` are slots.
+        ids: int64 [M, L], what it is measured on.
+        num_slots: 0 = patches alone.
+        seed: of its weights and batches.
+    """
+    shift = BASE.slot_vocab * (torch.arange(ids.shape[1]) >= num_slots) * (num_slots > 0)
+    vocab = BASE.patch_vocab + (BASE.slot_vocab if num_slots else 0)
+    torch.manual_seed(seed)
+    model = Probe(vocab, ids.shape[1])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=PROBE_STEPS)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(PROBE_STEPS):
+        chosen = torch.randint(len(known), (128,), generator=generator)
+        loss = model(known[chosen] + shift)[:, num_slots:].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        return model(ids + shift)[:, num_slots:].sum(1).tolist()  # type: ignore[no-any-return]
 
 
 def exchanged(tokens: Tokens, positions: Tensor, other: Tensor) -> Tokens:
@@ -95,7 +129,14 @@ def changed_by(tokenizer: Hita, tokens: Tokens) -> list[int]:
 def trained(shift: int, *, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """One training and what was measured of it; kept."""
     config = replace(BASE, shift=shift)
-    key = {"config": asdict(config), "seed": seed, "steps": args.steps, "train": TRAIN, "b": BATCH}
+    key = {
+        "config": asdict(config),
+        "seed": seed,
+        "steps": args.steps,
+        "train": TRAIN,
+        "b": BATCH,
+        "probe": PROBE_STEPS,
+    }
 
     def run() -> dict[str, Any]:
         print(f"shift {shift}, seed {seed}", flush=True)
@@ -126,6 +167,9 @@ def claims(shifted: list[dict[str, Any]], plain: list[dict[str, Any]]) -> list[d
         for label in LABELS
     }
     used = [each["usage"]["slot/used"] for each in shifted]
+    fewer = [np.subtract(each["bits_alone"], each["bits_given_slots"]) for each in shifted]
+    told = {"bits_per_image": [float(each.mean()) for each in fewer],
+            "interval": confidence(np.mean(fewer, 0).tolist())}  # fmt: skip
     ablation = np.log(np.array(factor) / np.array(control))
     return [
         claim("another image's slots raise the error at least twofold", min(factor) >= 2,
@@ -137,6 +181,8 @@ def claims(shifted: list[dict[str, Any]], plain: list[dict[str, Any]]) -> list[d
         claim("exactly the last `shift` tokens change no pixel", dead_right,
               changed_by=[each["changed_by"][-1] for each in shifted + plain]),
         claim("the slots' table is used: over half of its codes", min(used) > 0.5, used=used),
+        claim("patches have fewer bits left when their slots are known",
+              told["interval"][0] > 0 and min(told["bits_per_image"]) > 0, fewer=told),
         *(
             claim(f"slots tell the {label} better than as many patches",
                   confidence(gap)[0] > 0, gap=gap, interval=confidence(gap))
@@ -159,8 +205,12 @@ def main() -> None:
     found = claims(shifted, plain)
     for each in found:
         print("shows" if each["shows"] else "DOES NOT SHOW", "-", each["claim"], each["numbers"])
+    short = [
+        [{k: v for k, v in run.items() if not k.startswith("bits_")} for run in runs]
+        for runs in (shifted, plain)
+    ]
     write_result("hita", {"config": asdict(BASE), "seeds": args.seeds, "steps": args.steps,
-                          "shifted": shifted, "unshifted": plain, "claims": found})  # fmt: skip
+                          "shifted": short[0], "unshifted": short[1], "claims": found})  # fmt: skip
 
 
 if __name__ == "__main__":
