@@ -80,6 +80,7 @@ CONFIGS = {  # bits per sample, as the configs' comments say, and its shape
     "shapes_vq": (64 * 9, (3, 64, 64)),
     "shapes_binary": (64 * 16, (3, 64, 64)),
     "shapes_flextok": (16 * math.log2(1000), (3, 64, 64)),
+    "shapes_flextok_longer": (16 * math.log2(1000), (3, 64, 64)),
     "shapes_clips_larp": (32 * 9, (4, 3, 32, 32)),
 }
 
@@ -88,7 +89,9 @@ def test_every_config_builds_its_tokenizer():
     files = sorted((ROOT / "configs/tokenizers").glob("*.yaml"))
     assert [file.stem for file in files] == sorted(CONFIGS)
     for file in files:
-        config = load_tokenizer_config(file)
+        # A second stage goes on from a run of the first, which there is none of here.
+        of_ours = ["tokenizer.start_from=shapes_flextok"] if file.stem.endswith("_longer") else []
+        config = load_tokenizer_config(file, of_ours)
         assert config.run.name == file.stem
         training = build_training(config, where=file.name)
         bits, shape = CONFIGS[file.stem]
