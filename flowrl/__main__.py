@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from flowrl import __version__
-from flowrl.commands import rewards, tokenizer
+from flowrl.commands import ar, rewards, tokenizer
 from flowrl.errors import FlowrlError
 
 EXIT_FAILED = 1
@@ -317,6 +317,7 @@ def _env() -> None:
     env.run()
 
 
+app.add_typer(ar.app, name="ar")
 app.add_typer(rewards.app, name="rewards")
 app.add_typer(tokenizer.app, name="tokenizer")
 

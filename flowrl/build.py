@@ -22,6 +22,7 @@ from flowrl.errors import ConfigError
 from flowrl.fits import (
     check_compute,
     check_groups,
+    check_model,
     check_parts,
     check_teacher,
     measured_rewards,
@@ -33,7 +34,7 @@ from flowrl.policies.distance import MAX_SAMPLES, TokenDistance, VelocityDistanc
 from flowrl.policies.flow import FlowPolicy, guidance_rows
 from flowrl.policies.forward import ForwardPolicy
 from flowrl.policies.neighbors import NeighborPolicy
-from flowrl.policies.token import TokenPolicy
+from flowrl.policies.token import Sampling, TokenPolicy
 from flowrl.policies.weights import FullWeights, LoraWeights
 from flowrl.precision import resolve_precision
 from flowrl.sources import (
@@ -70,6 +71,8 @@ class Parts:
     @property
     def guidance_rows(self) -> int:
         """Network rows per row of a trajectory."""
+        if isinstance(self.policy, TokenPolicy):
+            return self.policy.rows_per_score
         return guidance_rows(self.policy.pipeline, self.config.model.guidance_scale)
 
 
@@ -90,6 +93,7 @@ def build_parts(config: Config, where: str) -> Parts:
     require_trackers(config.track.trackers)
     method = build_method(config, where)
     adapter = find_adapter(config.model, where)
+    check_model(method, adapter, config, where)
     rows = guidance_rows(adapter, config.model.guidance_scale)
     check_teacher(method, config, where, rows)
     load_train = load_pairs if method.takes_pairs else load_named_prompts
@@ -187,46 +191,46 @@ def build_method(config: Config, where: str) -> Method:
 
 def build_policy(
     config: Config, where: str, method: Method, device: torch.device
-) -> FlowPolicy | ForwardPolicy | NeighborPolicy:
+) -> FlowPolicy | ForwardPolicy | NeighborPolicy | TokenPolicy:
     """The model with its trainable weights."""
-    if method.policy == "token":
-        raise ConfigError(
-            f"{where}: {method.name} trains token policies, but model.pipeline="
-            f"{config.model.pipeline} is a flow model; use one of "
-            + ", ".join(name for name, make in METHODS.items() if make().policy != "token")
-        )
-    model = config.model
+    model, compute = config.model, config.compute
     pipeline = build_pipeline(model, where, device)
     if model.gradient_checkpointing:
         pipeline.network.enable_gradient_checkpointing()
+    weights = build_weights(config, method, pipeline)
+    sizes: dict[str, Any] = {
+        "rollout_batch_size": compute.rollout_batch_size,
+        "decode_batch_size": compute.decode_batch_size,
+        "device": device,
+    }
+    if method.policy == "token":
+        sampling = Sampling(guidance_scale=model.guidance_scale, **dict(model.sampling))
+        return TokenPolicy(pipeline, weights, sampling=sampling, **sizes)
+    policy = FlowPolicy(pipeline, weights, guidance_scale=model.guidance_scale, **sizes)
+    if method.policy == "neighbor":
+        return NeighborPolicy(policy)
+    return ForwardPolicy(policy) if method.policy == "forward" else policy
+
+
+def build_weights(config: Config, method: Method, pipeline: Any) -> FullWeights | LoraWeights:
+    """The parameter sets of a pipeline's network."""
+    model, with_old = config.model, method.old_decay is not None
     if model.tuning == "lora":
-        weights: Any = LoraWeights(
+        return LoraWeights(
             pipeline.network,
             rank=model.lora.rank,
             alpha=model.lora.alpha,
             target_modules=list(model.lora.target_modules or pipeline.lora_targets()),
             seed=config.run.seed,
             ema_decay=config.optim.ema_decay,
-            with_old=method.old_decay is not None,
+            with_old=with_old,
         )
-    else:
-        weights = FullWeights(
-            pipeline.network,
-            with_reference=needs_reference(config, method),
-            ema_decay=config.optim.ema_decay,
-            with_old=method.old_decay is not None,
-        )
-    policy = FlowPolicy(
-        pipeline,
-        weights,
-        guidance_scale=model.guidance_scale,
-        rollout_batch_size=config.compute.rollout_batch_size,
-        decode_batch_size=config.compute.decode_batch_size,
-        device=device,
+    return FullWeights(
+        pipeline.network,
+        with_reference=needs_reference(config, method),
+        ema_decay=config.optim.ema_decay,
+        with_old=with_old,
     )
-    if method.policy == "neighbor":
-        return NeighborPolicy(policy)
-    return ForwardPolicy(policy) if method.policy == "forward" else policy
 
 
 def build_accelerator(config: Config) -> Accelerator:
@@ -285,6 +289,7 @@ def build_distance(parts: Parts) -> VelocityDistance | TokenDistance | None:
     if isinstance(policy, TokenPolicy):
         return TokenDistance(policy, batch)
     sampler = policy if isinstance(policy, FlowPolicy) else policy.sampler
+    assert config.eval.num_steps is not None  # a flow model has them
     return VelocityDistance(sampler, batch, num_steps=config.eval.num_steps)
 
 

@@ -6,13 +6,56 @@ An impossible combination is a `ConfigError` with the config's file and key.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from flowrl.data.sampler import GroupSampler
 from flowrl.errors import ConfigError, closest
-from flowrl.methods import Method
-from flowrl.schema import Config, RewardConfig
+from flowrl.methods import METHODS, Method
+from flowrl.schema import Config, RewardConfig, SamplingConfig
+
+
+def check_model(method: Method, adapter: Any, config: Config, where: str) -> None:
+    """Refuses a method, or settings, that are of another kind of model than the adapter's.
+
+    Args:
+        method: the run's.
+        adapter: the pipeline's class.
+        config: the run's.
+        where: the config file's name, for error messages.
+
+    Raises:
+        ConfigError: a method of tokens on a flow model or the reverse; `model.sampling` on a flow
+            model, or one without eval.num_steps; adapters that a token model cannot save.
+    """
+    model, is_token = config.model, hasattr(adapter, "logits")
+    if is_token != (method.policy == "token"):
+        kinds = ("flow", "token")
+        fitting = [n for n, make in METHODS.items() if (make().policy == "token") == is_token]
+        raise ConfigError(
+            f"{where}: {method.name} trains {kinds[not is_token]} models, but model.pipeline="
+            f"{model.pipeline} is a {kinds[is_token]} model; use one of " + ", ".join(fitting)
+        )
+    if is_token and model.tuning == "lora":
+        raise ConfigError(
+            f"{where}: model.tuning=lora is of diffusers' models; set model.tuning=full"
+        )
+    if is_token and config.eval.num_steps is not None:
+        raise ConfigError(
+            f"{where}: eval.num_steps={config.eval.num_steps} would do nothing: a token model "
+            "takes a step per group of its order; leave it out"
+        )
+    if is_token:
+        return
+    if config.eval.num_steps is None:
+        raise ConfigError(f"{where}: eval.num_steps is missing: the sampler steps of a flow model")
+    changed = [key for key, value in model.sampling if value != getattr(SamplingConfig(), key)]
+    if changed:
+        raise ConfigError(
+            f"{where}: model.sampling.{changed[0]} would do nothing: it is of token models, and "
+            f"model.pipeline={model.pipeline} is a flow model; leave it out"
+        )
 
 
 def check_groups(method: Method, sampler: GroupSampler, where: str) -> None:

@@ -52,18 +52,25 @@ class FlowPipeline(Protocol):
 class TokenPipeline(Protocol):
     """An autoregressive generator over a fixed vocabulary.
 
-    `logits` is teacher-forced: tokens [B, S] and conditioning give [B, S, V], where position s sees
-    tokens before s only; S is `num_tokens`, or less while a sequence is drawn. `decode` turns whole
-    sequences into [B, 3, H, W] in [0, 1]. `encode` and `fingerprint` are as FlowPipeline's.
+    `groups` are the positions that each step of a draw gives, int64 [g] each, all S = `num_tokens`
+    of them once. `logits` is teacher-forced: whole sequences [B, S] and conditioning give
+    [B, S, V], where a position sees the groups before its own only. `start` and `step` are the same
+    law with a cache: `step` gives the logits [B, g, V] of the next group from tokens [B, S] of
+    which the groups before it are filled in. `decode` turns whole sequences into [B, 3, H, W] in
+    [0, 1]. `encode`, `fingerprint` and `embeds_guidance` are as FlowPipeline's.
     """
 
+    embeds_guidance: bool
     network: nn.Module
     num_tokens: int
+    groups: tuple[Tensor, ...]
     fingerprint: str
 
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]: ...
     def release_encoders(self) -> None: ...
     def logits(self, network: nn.Module, tokens: Tensor, conditioning: Conditioning) -> Tensor: ...
+    def start(self, network: nn.Module, conditioning: Conditioning) -> Any: ...
+    def step(self, network: nn.Module, state: Any, tokens: Tensor) -> Tensor: ...
     def decode(self, tokens: Tensor) -> Tensor: ...
     def save_full(self, folder: Path) -> None: ...
 

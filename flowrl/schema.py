@@ -72,6 +72,23 @@ class LoraConfig(Record):
     )
 
 
+class SamplingConfig(Record):
+    """The law that a token model draws from, beside its network; flow models have none of it."""
+
+    temperature: float = Field(
+        default=1.0, gt=0, description="token models: logits are divided by it"
+    )
+    guidance_schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant",
+        description="token models: course of guidance_scale over the steps of a draw, from 1 up",
+    )
+    log_prob: Literal["guided", "conditional"] = Field(
+        default="guided",
+        description="token models: the law that is scored; guided = the one drawn from, "
+        "conditional = without guidance: half of the network rows, but a biased gradient",
+    )
+
+
 class ModelConfig(Record):
     """The generator, and what of it is trained."""
 
@@ -89,6 +106,9 @@ class ModelConfig(Record):
         ge=0,
         description="guidance in rollout and training: classifier-free, 1 = off; or, as with flux, "
         "an input of the network",
+    )
+    sampling: SamplingConfig = Field(
+        default=SamplingConfig(), description="the law that a token model draws from"
     )
     height: int | None = Field(
         default=None, ge=1, description="height of the images, pixels; null = the model's own"
@@ -258,7 +278,9 @@ class EvalConfig(Record):
     every: int = Field(
         default=0, ge=0, description="training steps between two, 0 = only at both ends"
     )
-    num_steps: int = Field(ge=1, description="sampler steps")
+    num_steps: int | None = Field(
+        default=None, ge=1, description="sampler steps; flow models need it, token models have none"
+    )
     guidance_scale: float | None = Field(default=None, ge=0, description="guidance; null = model's")
     samples_per_prompt: int = Field(default=1, ge=1, description="images per prompt")
     seed: int = Field(

@@ -7,8 +7,9 @@ trains those; each comes with a reward that reads the answer off the decoded ima
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -175,11 +176,15 @@ class ToyTokenNetwork(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, tokens: Tensor, prompt: Tensor) -> Tensor:
-        """Logits [B, S, 16] from tokens [B, S], S up to 16; position s sees those before it."""
+        """Logits [B, S, 16] from tokens [B, S], S up to 16; position s sees those before it.
+
+        A prompt is int64 [B], the number of its symbol, or -1 for no prompt.
+        """
         start = torch.full_like(tokens[:, :1], NUM_SYMBOLS)
         before = self.symbol(torch.cat([start, tokens[:, :-1]], dim=1))
         position = self.position(torch.arange(tokens.shape[1], device=tokens.device))
-        states, _ = self.memory(before + position + self.prompt(prompt)[:, None])
+        asked = self.prompt(prompt.clamp_min(0)) * (prompt >= 0)[:, None]
+        states, _ = self.memory(before + position + asked[:, None])
         logits: Tensor = self.head(states)
         return logits
 
@@ -187,7 +192,9 @@ class ToyTokenNetwork(nn.Module):
 class ToyTokenPipeline:
     """16 symbols on a 4 x 4 grid, drawn row by row; a symbol is decoded to its grey level."""
 
+    embeds_guidance = False
     num_tokens = GRID * GRID
+    groups = tuple(torch.arange(GRID * GRID).split(1))
     fingerprint = "toy token"
 
     def __init__(self, *, seed: int = 0, width: int = 32) -> None:
@@ -196,9 +203,9 @@ class ToyTokenPipeline:
             self.network: nn.Module = ToyTokenNetwork(width)
 
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """{"prompt": int64 [P]}, the symbol that each prompt names."""
+        """{"prompt": int64 [P]}, the symbol that each prompt names; -1 of the empty one."""
         names = tuple(prompt.text for prompt in token_prompts())
-        return {"prompt": torch.tensor([_number(text, names) for text in prompts])}
+        return {"prompt": torch.tensor([_number(text, names) if text else -1 for text in prompts])}
 
     def release_encoders(self) -> None:
         """Nothing: the table of prompts weighs nothing."""
@@ -206,9 +213,21 @@ class ToyTokenPipeline:
     def logits(
         self, network: nn.Module, tokens: Tensor, conditioning: Mapping[str, Tensor]
     ) -> Tensor:
-        """Teacher-forced logits [B, S, 16] of tokens [B, S], a whole sequence or its beginning."""
+        """Teacher-forced logits [B, S, 16] of tokens [B, S]."""
         output: Tensor = network(tokens, conditioning["prompt"])
         return output
+
+    def start(
+        self, network: nn.Module, conditioning: Mapping[str, Tensor]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The length of every beginning and the prompts: a GRU this small is run for each again."""
+        return iter([(n + 1, conditioning["prompt"]) for n in range(self.num_tokens)])
+
+    def step(self, network: nn.Module, state: Any, tokens: Tensor) -> Tensor:
+        """Logits [B, 1, 16] of the next token."""
+        length, prompt = next(state)
+        output: Tensor = network(tokens[:, :length], prompt)
+        return output[:, -1:]
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Images [B, 3, 4, 4] with grey level symbol / 15."""

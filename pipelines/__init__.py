@@ -8,7 +8,11 @@ to "module:Class"; `EMBEDDED` names the models that live in this package.
 from dataclasses import dataclass
 from pathlib import Path
 
-PIPELINES = {"sd3": "pipelines.sd3:StableDiffusion3", "flux": "pipelines.flux:Flux"}
+PIPELINES = {
+    "sd3": "pipelines.sd3:StableDiffusion3",
+    "flux": "pipelines.flux:Flux",
+    "ar": "pipelines.ar.pipeline:Autoregressive",
+}
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,11 @@ def test_defaults_are_those_of_the_schema(write: Write) -> None:
             "guidance_scale": 1.0,
             "height": None,
             "width": None,
+            "sampling": {
+                "temperature": 1.0,
+                "guidance_schedule": "constant",
+                "log_prob": "guided",
+            },
             "max_sequence_length": 256,
             "dtype": "float32",
             "tuning": "full",

@@ -19,23 +19,35 @@ _SHORT = 160  # positions up to which plain products are faster on a CPU, in flo
 
 
 class KVCache:
-    """Keys and values of the positions so far, for one attention layer: [B, heads, S, head_dim]."""
+    """Keys and values of the positions so far, for one attention layer.
+
+    Without gradient they are written into room that doubles when it is full, so that a new position
+    costs no copy of all before it; with gradient they are joined.
+    """
 
     def __init__(self) -> None:
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
+        self.length = 0
+        self._room: list[Tensor] = []
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values, the new ones last."""
-        if self.keys is not None and self.values is not None:
-            keys, values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
-        self.keys, self.values = keys, values
+        """All keys and values [B, heads, S, head_dim], the new ones last."""
+        start, self.length = self.length, self.length + keys.shape[2]
+        if not start:
+            self._room = [keys, values]
+        elif torch.is_grad_enabled():
+            pairs = zip(self._room, (keys, values), strict=True)
+            self._room = [torch.cat([old[:, :, :start], new], 2) for old, new in pairs]
+        else:
+            if self._room[0].shape[2] < self.length:
+                self._room = [F.pad(old, (0, 0, 0, 2 * self.length - start)) for old in self._room]
+            for old, new in zip(self._room, (keys, values), strict=True):
+                old[:, :, start : self.length] = new
+        keys, values = (each[:, :, : self.length] for each in self._room)
         return keys, values
 
     def crop(self, length: int) -> None:
         """Forgets all but the first `length` positions."""
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
+        self.length = min(self.length, length)
 
 
 class HeadNorm(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flowrl.config import load_config
 
@@ -88,6 +88,13 @@ def estimate(parts: Parts) -> list[tuple[str, str]]:
             ("training", f"at most {trained} forward-backward, {trained / samples:.2f} per image"),
             *((name, f"at most {rows} network evaluations") for name, rows in frozen if rows),
             ("stored states", f"{_stored_mb(parts, plan, samples):.1f} MB"),
+        ]
+    else:
+        policy: Any = parts.policy
+        drawn, scored = policy.rows_per_draw + policy.rows_per_score, policy.rows_per_score
+        rows += [
+            ("rollout", f"{drawn * samples} network evaluations, {drawn} per image"),
+            ("training", f"{scored * samples} forward-backward, {scored} per image"),
         ]
     weights = parts.policy.weights
     network = sum(p.numel() * p.element_size() for p in weights.network.parameters())

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from flowrl.config import Config, load_config
 from flowrl.errors import ConfigError
 from flowrl.policies.flow import FlowPolicy
+from flowrl.policies.token import Sampling, TokenPolicy
 from flowrl.policies.weights import FrozenWeights
 from flowrl.precision import resolve_precision
 from flowrl.sources import build_pipeline, embedded_model, loading, require_ours
@@ -36,6 +37,7 @@ class Model:
         where: who says so, for error messages.
         lora: its folder or file, or None.
         height, width: pixels; None = the model's own.
+        sampling: of a token model, `policies.token.Sampling` but for the guidance.
         config: of the run whose artefact this is, or None.
         step: training steps done; 0 where there is no run.
     """
@@ -53,6 +55,7 @@ class Model:
     args: Mapping[str, Any] = field(default_factory=dict)
     num_steps: int = 28
     guidance_scale: float = 7.0
+    sampling: Mapping[str, Any] = field(default_factory=dict)
     rollout_batch_size: int = 32
     decode_batch_size: int = 32
     config: Config | None = None
@@ -62,6 +65,8 @@ class Model:
         """How it is sampled, in a line."""
         size = f", {self.width} x {self.height} pixels" if self.width and self.height else ""
         lora = f" with {self.lora}" if self.lora else ""
+        if not self.num_steps:
+            return f"{self.id}: token by token, guidance {self.guidance_scale:g}{size}"
         return (
             f"{self.id}{lora}: {self.num_steps} steps, guidance {self.guidance_scale:g}, "
             f"text length {self.max_sequence_length}{size}"
@@ -96,6 +101,8 @@ def find_model(name: str, given: Mapping[str, Any], *, command: str) -> Model:
         model = _of_run(folder, "final")
     elif folder.name in ("final", BEST) and (folder.parent / "config.yaml").is_file():
         model = _of_run(folder.parent, folder.name)
+    elif (folder / "config.json").is_file() and (folder / "text_tokenizer").is_dir():
+        model = Model(id=name, where=command, pipeline="ar", num_steps=0, guidance_scale=1.0)
     elif _pipeline_class(name) == "FluxPipeline":
         model = Model(
             id=name, where=command, pipeline="flux", max_sequence_length=512, guidance_scale=3.5
@@ -107,7 +114,9 @@ def find_model(name: str, given: Mapping[str, Any], *, command: str) -> Model:
     return replace(model, **{key: value for key, value in given.items() if value is not None})
 
 
-def open_policy(model: Model, prompts: Sequence[str], accelerator: Accelerator) -> FlowPolicy:
+def open_policy(
+    model: Model, prompts: Sequence[str], accelerator: Accelerator
+) -> FlowPolicy | TokenPolicy:
     """The policy that samples `model`, for these prompts alone.
 
     Raises:
@@ -117,14 +126,19 @@ def open_policy(model: Model, prompts: Sequence[str], accelerator: Accelerator) 
     if model.lora is not None:
         with loading(f"{model.where}: the LoRA"):
             pipeline.load_lora(model.lora)
-    policy = FlowPolicy(
-        pipeline,
-        FrozenWeights(accelerator.prepare_model(pipeline.network, evaluation_mode=True)),
-        guidance_scale=model.guidance_scale,
-        rollout_batch_size=model.rollout_batch_size,
-        decode_batch_size=model.decode_batch_size,
-        device=accelerator.device,
-    )
+    weights = FrozenWeights(accelerator.prepare_model(pipeline.network, evaluation_mode=True))
+    sizes: dict[str, Any] = {
+        "rollout_batch_size": model.rollout_batch_size,
+        "decode_batch_size": model.decode_batch_size,
+        "device": accelerator.device,
+    }
+    scale = model.guidance_scale
+    policy: FlowPolicy | TokenPolicy
+    if hasattr(pipeline, "logits"):
+        sampling = Sampling(guidance_scale=scale, **model.sampling)
+        policy = TokenPolicy(pipeline, weights, sampling=sampling, **sizes)
+    else:
+        policy = FlowPolicy(pipeline, weights, guidance_scale=scale, **sizes)
     policy.precompute(prompts, None)
     return policy
 
@@ -183,7 +197,8 @@ def _of_run(run: Path, part: str) -> Model:
         dtype=section.dtype,
         mixed_precision=resolve_precision(config.compute.mixed_precision),
         args=section.args,
-        num_steps=config.eval.num_steps,
+        num_steps=config.eval.num_steps or 0,
+        sampling=dict(section.sampling),
         guidance_scale=section.guidance_scale if guidance is None else guidance,
         rollout_batch_size=config.compute.rollout_batch_size,
         decode_batch_size=config.compute.decode_batch_size,

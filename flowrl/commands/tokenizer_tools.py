@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flowrl.commands.env import describe_environment
-from flowrl.config import dump_config
+from flowrl.commands.pretrain import run_training
 from flowrl.errors import ConfigError, DataError
-from flowrl.tokenizer.schema import FREE, load_tokenizer_config, run_folder
+from flowrl.tokenizer.schema import load_tokenizer_config
 
 if TYPE_CHECKING:
-    from flowrl.tokenizer.loop import TokenizerRun
+    from flowrl.pretrain.loop import PretrainRun
     from tokenizers_vis.tokenizer import Solver, VisualTokenizer
 
 
@@ -26,47 +23,30 @@ def train(config: Path, overrides: Sequence[str]) -> None:
         KeyboardInterrupt: stopped by a signal; everything is saved.
     """
     loaded = load_tokenizer_config(config, overrides)  # before torch is loaded
-    from flowrl.tokenizer.build import build_run
-    from flowrl.train.machine import end_training
-    from flowrl.train.resume import find_checkpoint
-    from flowrl.train.runfiles import write_json
 
-    folder = run_folder(loaded)
-    find_checkpoint(loaded, folder, free=FREE)  # refuses before anything older is touched
-    run = build_run(loaded, where=config.name)
-    if run.accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        dump_config(loaded, folder / "config.yaml")
-        write_json(folder / "env.json", dict(describe_environment()))
-        print(describe(run), flush=True)
-    run.accelerator.wait_for_everyone()
-    outcome = run.run()
-    if run.accelerator.is_main_process and outcome != "interrupted":
-        print(f"tokenizer: {folder / 'final'}")
-    end_training(run.accelerator)
-    if outcome == "interrupted":
-        command = shlex.join(
-            ["flowrl", "tokenizer", "train", str(config), *overrides, "run.resume=latest"]
-        )
-        print(f"saved; go on with: {command}", file=sys.stderr)
-        raise KeyboardInterrupt
+    def build() -> PretrainRun:
+        from flowrl.tokenizer.build import build_run
+
+        return build_run(loaded, where=config.name)
+
+    run_training(loaded, build, describe, command=["tokenizer", "train", str(config), *overrides])
 
 
-def describe(run: TokenizerRun) -> str:
+def describe(run: PretrainRun) -> str:
     """The run in three lines."""
     from flowrl.tokenizer.files import kind
 
     tokenizer, config = run.weights.training.tokenizer, run.config
     what = kind(tokenizer.sample_shape)
     trained = sum(p.numel() for p in tokenizer.parameters() if p.requires_grad)
-    cut, num_images = run.batches.cut, len(run.batches.source)
+    cut, num_images = run.batches.cut, len(run.batches)
     epochs = config.run.steps * cut.batch_size / num_images
     return "\n".join(
         [
             f"{tokenizer.name}: {trained / 1e6:.2f} M trained parameters, "
             f"{tokenizer.layout.num_tokens} tokens, {tokenizer.bits:.6g} bits per {what}",
             f"{config.data.source}: {num_images} {what}s of "
-            f"{' x '.join(map(str, run.batches.shape))}, {len(run.held_out)} others measured",
+            f"{' x '.join(map(str, run.batches.shape))}, {len(run.task.held_out)} others measured",
             f"{config.run.steps} steps of {cut.batch_size} {what}s ({cut.total} x "
             f"{cut.micro_batch_size}) are {epochs:.3g} epochs",
         ]

@@ -10,6 +10,7 @@ a prompt only part of the time, which is what alignment then has to mend.
 """
 
 import argparse
+import itertools
 import math
 import os
 import time
@@ -26,14 +27,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flowrl.make.shapes_model import TEXT_LENGTH, build_pipeline, build_vae
-from rewards.shapes.grammar import SKILLS, requests, sample_scene, split
+from rewards.shapes.captions import captioned
+from rewards.shapes.grammar import SKILLS, requests, sample_scene
 from rewards.shapes.render import Scene, render
 from rewards.shapes.vocabulary import COLORS, IMAGE_SIZE, SHAPES, coverage
-
-# How often each skill is drawn for training: what is hard to read is drawn more often.
-SHARES = {
-    "single_object": 1, "colors": 1, "counting": 2, "two_object": 2, "position": 3, "color_attr": 3,
-}  # fmt: skip
 
 
 def images(num: int, rng: np.random.Generator) -> Tensor:
@@ -143,22 +140,16 @@ def cache_latents(
         return cached["captions"], cached["latents"].float(), cached["where"].float()
     vae = load_vae(folder / "vae")
     rng = np.random.default_rng((seed, num))
-    pools = {skill: split(skill, held_out=False) for skill in SKILLS}
-    shares = np.array([SHARES[skill] for skill in SKILLS], float)
     captions: list[str] = []
     latents: list[Tensor] = []
     where: list[NDArray[np.float32]] = []
-    for _ in range(0, num, 100):
-        skills = rng.choice(SKILLS, size=100, p=shares / shares.sum())
-        drawn = [pools[skill][rng.integers(len(pools[skill]))] for skill in skills]
-        pixels = []
-        for request in drawn:
-            scene = sample_scene(request, rng, error_rate=error_rate)
-            pixels.append(render(scene, rng))
-            where.append(what_is_where(scene))
-        captions += [request.prompt for request in drawn]
+    drawn = captioned(num, rng, error_rate=error_rate)
+    while part := list(itertools.islice(drawn, 100)):
+        captions += [prompt for prompt, _, _ in part]
+        where += [what_is_where(scene) for _, scene, _ in part]
+        pixels = torch.from_numpy(np.stack([picture for _, _, picture in part]))
         with torch.no_grad():
-            mean = vae.encode(torch.from_numpy(np.stack(pixels)) * 2 - 1).latent_dist.mean
+            mean = vae.encode(pixels * 2 - 1).latent_dist.mean
         latents.append((mean - vae.config.shift_factor) * vae.config.scaling_factor)
     cached = {
         "captions": captions,

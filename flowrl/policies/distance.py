@@ -107,7 +107,8 @@ class TokenDistance:
     @property
     def network_evals(self) -> tuple[int, int]:
         """(rows of the first call, rows of every further one)."""
-        return len(self.batch) * (self.policy.pipeline.num_tokens + 2), len(self.batch)
+        policy, num = self.policy, len(self.batch)
+        return num * (policy.rows_per_draw + 2 * policy.rows_per_score), num * policy.rows_per_score
 
     @torch.no_grad()
     def __call__(self, weights: str) -> float:
@@ -115,7 +116,8 @@ class TokenDistance:
         if self._drawn is None:
             with self.policy.weights.use("reference"):
                 _, self._drawn = self.policy.rollout(self.batch, None)
-        parts = torch.arange(len(self.batch)).split(self.policy.rollout_batch_size)
+        size = max(1, self.policy.rollout_batch_size // self.policy.rows_per_score)
+        parts = torch.arange(len(self.batch)).split(size)
         with self.policy.weights.use(weights):
             new = [self.policy.evaluate(self._drawn, part).log_prob.cpu() for part in parts]
         return _root_mean_square(torch.cat(new) - self._drawn.decisions.old_log_prob)

@@ -1,25 +1,35 @@
-"""The policy of a fixed-length autoregressive token model; its decisions are categorical.
+"""The policy of an autoregressive token model; its decisions are categorical.
 
-`rollout` draws position by position, then scores the complete tokens through `_evaluate`, the
-function that training differentiates: so the ratio is exactly 1 on the first pass, whatever a
-faster sampler may compute. Each sample draws from its own uniform numbers by the inverse of the
-distribution function, so neither the batch it is in nor the rank changes it.
+`rollout` draws group after group with the pipeline's cache, then scores the complete tokens through
+`_evaluate`, the function that training differentiates: so the ratio is exactly 1 on the first pass,
+whatever a faster sampler may compute. Each sample draws from its own uniform numbers by the inverse
+of the distribution function, so neither the batch it is in nor the rank changes it.
+
+The law is the whole one: top-k and top-p would cut off what training may make likely, and a ratio
+of what was cut off is not one; they are not offered.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from flowrl.data.noise import INITIAL_STREAM, sample_uniform
 from flowrl.errors import ConfigError
-from flowrl.functional.tokens import token_entropy, token_log_prob
+from flowrl.functional.tokens import (
+    guidance_at,
+    guided_logits,
+    inverse_cdf,
+    token_entropy,
+    token_log_prob,
+)
 from flowrl.policies.conditioning import PromptTable
-from flowrl.protocols import Conditioning, TokenPipeline, Weights
+from flowrl.protocols import TokenPipeline, Weights
 from flowrl.types import Decisions, Evaluation, PromptBatch, Rollout
 
 
@@ -47,13 +57,38 @@ class TokenTrajectory:
         return None
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """The law that is drawn from, beside the network.
+
+    Attributes:
+        temperature: positive; logits are divided by it, in drawing and in scoring.
+        guidance_scale: classifier-free guidance of the logits; 1 = off.
+        guidance_schedule: of the scale over the steps of a draw, see `guidance_at`.
+        log_prob: "guided" scores the law that is drawn from; "conditional" the conditional law
+            alone, as T2I-R1 does: half of the network rows, but the ratio is of another law than
+            the samples (cosine of its gradient with the true one about .94 at scale 3, .89 at 5).
+    """
+
+    temperature: float = 1.0
+    guidance_scale: float = 1.0
+    guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    log_prob: Literal["guided", "conditional"] = "guided"
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ConfigError(
+                f"temperature must be positive, got {self.temperature}; 1 is the model's"
+            )
+
+
 class TokenPolicy:
     """Draws and scores token sequences of one length.
 
     Args:
-        pipeline: the model; its `logits` must accept a prefix of a sequence.
+        pipeline: the model.
         weights: the parameter sets of its network.
-        temperature: positive; logits are divided by it, in drawing and in scoring.
+        sampling: the law that rollouts draw from; the model's own by default.
         rollout_batch_size: network rows per forward without gradient.
         decode_batch_size: samples per call of the decoder.
         device: where the network is. What is returned lies on the CPU, but for `evaluate`.
@@ -61,9 +96,6 @@ class TokenPolicy:
     Attributes:
         training_network: what `evaluate` calls: the network, or the wrapper of it that a
             distributed run puts here, which makes the gradients of all ranks meet.
-
-    Raises:
-        ConfigError: a temperature that is not positive.
     """
 
     def __init__(
@@ -74,18 +106,36 @@ class TokenPolicy:
         rollout_batch_size: int,
         decode_batch_size: int,
         device: torch.device | str,
-        temperature: float = 1.0,
+        sampling: Sampling | None = None,
     ) -> None:
-        if not temperature > 0:
-            raise ConfigError(f"temperature must be positive, got {temperature}; 1 is the model's")
         self.pipeline = pipeline
         self.weights = weights
-        self.temperature = temperature
+        self.sampling = sampling or Sampling()
         self.rollout_batch_size = rollout_batch_size
         self.decode_batch_size = decode_batch_size
         self.device = torch.device(device)
         self.training_network: nn.Module = weights.network
+        self._level = torch.empty(pipeline.num_tokens, dtype=torch.int64, device=self.device)
+        for number, group in enumerate(pipeline.groups):
+            self._level[group] = number
         self._table: PromptTable | None = None
+
+    @property
+    def rows_per_draw(self) -> int:
+        """Network rows that drawing one sample of a rollout takes."""
+        return len(self.pipeline.groups) * _rows(self.sampling)
+
+    @property
+    def rows_per_score(self) -> int:
+        """Network rows that scoring one sample takes, in rollout and training."""
+        return _rows(self._scoring)
+
+    @property
+    def _scoring(self) -> Sampling:
+        """The law that is scored."""
+        if self.sampling.log_prob == "guided":
+            return self.sampling
+        return replace(self.sampling, guidance_scale=1.0)
 
     def precompute(self, prompts: Sequence[str], folder: Path | None) -> None:
         """Encode all prompts once, into memory or a folder, and release the text encoders.
@@ -93,7 +143,10 @@ class TokenPolicy:
         Afterwards only these prompts can be used; before, any prompt is encoded when needed.
         """
         self._table = PromptTable(
-            self.pipeline.encode, prompts, folder=folder, fingerprint=self.pipeline.fingerprint
+            self.pipeline.encode,
+            ["", *prompts],
+            folder=folder,
+            fingerprint=self.pipeline.fingerprint,
         )
         self.pipeline.release_encoders()
 
@@ -110,12 +163,14 @@ class TokenPolicy:
             plan: not read; nothing in the drawing of tokens changes from step to step.
 
         Returns:
-            Rollout, S + 1 network rows per sample (S to draw, one to score); the trajectory.
+            Rollout, K + 1 network evaluations per sample for K groups (K to draw, one to score),
+            each of two rows with guidance; the trajectory.
         """
-        tokens = self._draw_all(batch)
+        sampling = self.sampling
+        tokens = self._draw_all(batch, sampling)
         scored = []
-        for part in _parts(len(batch), self.rollout_batch_size):
-            conditioning = self._conditioning(batch, part)
+        for part in self._parts(len(batch), sampling):
+            conditioning = self._conditioning(batch, part, self._scoring)
             actions = tokens[part].to(self.device)
             scored.append(self._evaluate(self.weights.network, actions, conditioning).log_prob)
         old_log_prob = torch.cat(scored).cpu()
@@ -131,52 +186,48 @@ class TokenPolicy:
             sigma_next=no_sigma,
         )
         trajectory = TokenTrajectory(batch=batch, tokens=tokens, decisions=decisions)
-        return self._decoded(batch, tokens, tokens.numel() + len(batch)), trajectory
+        evals = len(batch) * (self.rows_per_draw + self.rows_per_score)
+        return Rollout(batch, tokens, evals, self._decode), trajectory
 
     def evaluate(self, trajectory: TokenTrajectory, index: Tensor) -> Evaluation:
         """Log-probs and entropies [K, S] of the decisions at `index` [K], with gradient."""
         sample = trajectory.decisions.sample[index.cpu()]
-        conditioning = self._conditioning(trajectory.batch, sample)
+        conditioning = self._conditioning(trajectory.batch, sample, self._scoring)
         actions = trajectory.tokens[sample].to(self.device)
         return self._evaluate(self.training_network, actions, conditioning)
 
     @torch.no_grad()
     def sample(self, batch: PromptBatch, *, num_steps: int, guidance_scale: float) -> Rollout:
-        """Samples alone, S network rows each, drawn as in `rollout`.
+        """Samples alone, drawn as in `rollout`.
 
         Args:
             batch: what to draw for.
-            num_steps: not read; a sequence takes as many steps as it has tokens.
-            guidance_scale: 1.0; a token pipeline has no guidance.
-
-        Raises:
-            ConfigError: another guidance_scale.
+            num_steps: not read; a sequence takes as many steps as its order has groups.
+            guidance_scale: instead of the rollout's.
         """
-        if guidance_scale != 1.0:
-            raise ConfigError(
-                f"a token policy has no guidance, got guidance_scale={guidance_scale:g}; set 1"
-            )
-        tokens = self._draw_all(batch)
-        return self._decoded(batch, tokens, tokens.numel())
+        sampling = replace(self.sampling, guidance_scale=guidance_scale)
+        tokens = self._draw_all(batch, sampling)
+        evals = len(batch) * len(self.pipeline.groups) * _rows(sampling)
+        return Rollout(batch, tokens, evals, self._decode)
 
     def _evaluate(
-        self, network: nn.Module, tokens: Tensor, conditioning: Conditioning
+        self, network: nn.Module, tokens: Tensor, conditioning: _Conditioned
     ) -> Evaluation:
         """Teacher-forced scores of complete tokens [B, S]: the one definition of the policy."""
-        logits = self.pipeline.logits(network, tokens, conditioning)
+        repeated = tokens.repeat(conditioning.rows, 1)
+        logits = conditioning.combined(
+            self.pipeline.logits(network, repeated, conditioning.given), self._level
+        )
+        temperature = self.sampling.temperature
         return Evaluation(
-            log_prob=token_log_prob(logits, tokens, temperature=self.temperature),
-            entropy=token_entropy(logits, temperature=self.temperature),
+            log_prob=token_log_prob(logits, tokens, temperature=temperature),
+            entropy=token_entropy(logits, temperature=temperature),
         )
 
-    def _draw_all(self, batch: PromptBatch) -> Tensor:
-        """Tokens int64 [N, S], on the CPU; a network row for each."""
-        parts = _parts(len(batch), self.rollout_batch_size)
-        return torch.cat([self._draw(batch, part) for part in parts])
-
-    def _decoded(self, batch: PromptBatch, tokens: Tensor, network_evals: int) -> Rollout:
-        """The record of complete tokens."""
-        return Rollout(batch, tokens, network_evals, self._decode)
+    def _draw_all(self, batch: PromptBatch, sampling: Sampling) -> Tensor:
+        """Tokens int64 [N, S], on the CPU."""
+        parts = self._parts(len(batch), sampling)
+        return torch.cat([self._draw(batch, part, sampling) for part in parts])
 
     def _decode(self, tokens: Tensor) -> Tensor:
         """Images [N, 3, H, W] of tokens [N, S], on the CPU."""
@@ -186,43 +237,72 @@ class TokenPolicy:
         ]
         return torch.cat(images)
 
-    def _draw(self, batch: PromptBatch, part: Tensor) -> Tensor:
-        """Tokens int64 [B, S] of the samples at `part` [B], position by position; on the CPU."""
+    def _draw(self, batch: PromptBatch, part: Tensor, sampling: Sampling) -> Tensor:
+        """Tokens int64 [B, S] of the samples at `part` [B], group by group; on the CPU."""
         length = self.pipeline.num_tokens
-        conditioning = self._conditioning(batch, part)
+        conditioning = self._conditioning(batch, part, sampling)
         uniform = sample_uniform(
             batch.seed, batch.sample_id[part], (length,), stream=INITIAL_STREAM, device=self.device
         )
         tokens = torch.zeros(len(part), length, dtype=torch.int64, device=self.device)
-        for position in range(length):
-            # The token at `position` is still a placeholder, which no logit of it may see.
-            prefix = tokens[:, : position + 1]
-            logits = self.pipeline.logits(self.weights.network, prefix, conditioning)[:, -1]
-            tokens[:, position] = inverse_cdf(logits, uniform[:, position], self.temperature)
+        network = self.weights.network
+        state = self.pipeline.start(network, conditioning.given)
+        for group in self.pipeline.groups:
+            # What is drawn next and later is still a placeholder, which no logit of it may see.
+            repeated = tokens.repeat(conditioning.rows, 1)
+            logits = self.pipeline.step(network, state, repeated)
+            logits = conditioning.combined(logits, self._level[group])
+            tokens[:, group] = inverse_cdf(logits, uniform[:, group], sampling.temperature)
         return tokens.cpu()
 
-    def _conditioning(self, batch: PromptBatch, index: Tensor) -> dict[str, Tensor]:
+    def _conditioning(self, batch: PromptBatch, index: Tensor, sampling: Sampling) -> _Conditioned:
+        """Rows of the samples at `index`, then, if the sampling guides, those of no prompt."""
         texts = [batch.prompts[i].text for i in index.tolist()]
+        if sampling.guidance_scale == 1:
+            return _Conditioned(self._encoded(texts), None)
+        scale = guidance_at(
+            sampling.guidance_scale, len(self.pipeline.groups), sampling.guidance_schedule
+        )
+        return _Conditioned(self._encoded([*texts, *[""] * len(texts)]), scale.to(self.device))
+
+    def _encoded(self, texts: Sequence[str]) -> dict[str, Tensor]:
         if self._table is not None:
             return self._table.rows(texts, self.device)
         return {name: rows.to(self.device) for name, rows in self.pipeline.encode(texts).items()}
 
+    def _parts(self, num: int, sampling: Sampling) -> list[Tensor]:
+        """The samples of every forward without gradient."""
+        return _parts(num, max(1, self.rollout_batch_size // _rows(sampling)))
 
-def inverse_cdf(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
-    """The token at which the distribution function of softmax(logits / temperature) passes u.
 
-    Args:
-        logits: [B, V]; a token of logit -inf is never drawn.
-        uniform: float32 [B], in [0, 1), of 24 bits as `sample_uniform` draws them.
-        temperature: positive.
+@dataclass(frozen=True)
+class _Conditioned:
+    """What a forward is conditioned on: B rows, or B and as many of no prompt.
 
-    Returns:
-        int64 [B].
+    Attributes:
+        given: named tensors of all rows.
+        scale: [K], guidance of every step; None = there is none.
     """
-    cdf = torch.softmax(logits.float() / temperature, dim=-1).cumsum(dim=-1)
-    # The total is only about 1. As u <= 1 - 2^-24, the level rounds to below it, also in float32.
-    level = uniform[:, None] * cdf[:, -1:]
-    return torch.searchsorted(cdf, level, right=True).squeeze(1)
+
+    given: dict[str, Tensor]
+    scale: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        """Per sample."""
+        return 1 if self.scale is None else 2
+
+    def combined(self, logits: Tensor, level: Tensor) -> Tensor:
+        """The law's logits [B, n, V] of those of all rows; int64 `level` [n], the steps."""
+        if self.scale is None:
+            return logits
+        conditional, unconditional = logits.chunk(2)
+        return guided_logits(conditional, unconditional, self.scale[level][:, None])
+
+
+def _rows(sampling: Sampling) -> int:
+    """Network rows per sample."""
+    return 1 if sampling.guidance_scale == 1 else 2
 
 
 def _parts(num: int, size: int) -> list[Tensor]:

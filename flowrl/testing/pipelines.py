@@ -16,12 +16,14 @@ from flowrl.testing.words import check_images, require, require_same
 
 PROMPTS = ("a red square", "two blue circles")
 _ONE_CALL = "one call of the network that it is given"
-_SHARED = ("network", "fingerprint", "encode", "release_encoders", "decode", "save_full")
-_FLOW = (
-    *_SHARED, "embeds_guidance", "latent_shape", "sigmas", "velocity", "encode_images",
-    "lora_targets", "save_lora",
+_SHARED = (
+    "network", "fingerprint", "embeds_guidance", "encode", "release_encoders", "decode",
+    "save_full",
 )  # fmt: skip
-_TOKEN = (*_SHARED, "num_tokens", "logits")
+_FLOW = (
+    *_SHARED, "latent_shape", "sigmas", "velocity", "encode_images", "lora_targets", "save_lora",
+)  # fmt: skip
+_TOKEN = (*_SHARED, "num_tokens", "groups", "logits", "start", "step")
 
 
 def check_pipeline(
@@ -37,8 +39,9 @@ def check_pipeline(
     others are refused by a ValueError; sigmas descend strictly from at most 1 to exactly 0; a
     velocity has the latents' shape and a floating dtype, carries a gradient, and a row does not
     depend on its neighbours; guidance that is embedded moves it; a LoRA's targets exist.
-    Token: logits are [B, S, V], carry a gradient, do not see the present or later tokens, and are
-    the same for the beginning of a sequence; a row does not depend on its neighbours.
+    Token: it encodes the empty prompt; groups hold every position once; logits are [B, S, V], carry
+    a gradient, do not see tokens of their own or later groups, and are the same step by step; a row
+    does not depend on its neighbours.
 
     Args:
         pipeline: with its text encoders still there; nothing is released or saved.
@@ -54,9 +57,8 @@ def check_pipeline(
     is_name = isinstance(fingerprint, str) and fingerprint != ""
     require(is_name, "fingerprint", "a str that is not empty", repr(fingerprint))
     device = next(network.parameters()).device
-    # A flow is guided by its empty prompt, which a policy always encodes.
-    asked = [*prompts] if kind is _TOKEN else [*prompts, ""]
-    rows = _check_encode(pipeline.encode, asked, tolerance)
+    # A model is guided by its empty prompt, which a policy always encodes.
+    rows = _check_encode(pipeline.encode, [*prompts, ""], tolerance)
     conditioning = {name: value.to(device) for name, value in rows.items()}
     if kind is _TOKEN:
         _check_logits(pipeline, conditioning, device, tolerance)
@@ -170,18 +172,28 @@ def _check_logits(
     vocabulary = output.shape[-1]
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary, (num, length), generator=generator).to(device)
-    middle = length // 2
+    groups = [group.to(device) for group in pipeline.groups]
+    positions = torch.cat(groups).sort().values
+    is_whole = torch.equal(positions.cpu(), torch.arange(length))
+    require(is_whole, "groups", f"of all positions 0 to {length - 1}, once", positions.tolist())
+    middle = len(groups) // 2
     later = tokens.clone()
-    later[:, middle:] = (tokens[:, middle:] + 1) % vocabulary
-    begun = f"logits up to position {middle}"
+    hidden = torch.cat(groups[middle:])
+    later[:, hidden] = (tokens[:, hidden] + 1) % vocabulary
     with torch.no_grad():
         output, again, alone = logits(tokens), logits(tokens), logits(tokens[:1])
-        changed, short = logits(later), logits(tokens[:, : middle + 1])
+        changed = logits(later)
+        state = pipeline.start(pipeline.network, rows)
+        steps = [pipeline.step(pipeline.network, state, tokens) for _ in groups]
     require_same(output, again, 0.0, "logits", "for equal inputs (no dropout)")
     require_same(output[:1], alone, tolerance, "a row of logits", "computed alone")
-    seen, changed = output[:, : middle + 1], changed[:, : middle + 1]
-    require_same(seen, changed, tolerance, begun, f"with other tokens from position {middle} on")
-    require_same(seen, short, tolerance, begun, "of the beginning of the sequence alone")
+    seen = torch.cat(groups[: middle + 1])
+    begun = f"logits up to group {middle}"
+    what = f"with other tokens from group {middle} on"
+    require_same(output[:, seen], changed[:, seen], tolerance, begun, what)
+    for number, (group, step) in enumerate(zip(groups, steps, strict=True)):
+        here = f"step() of group {number}"
+        require_same(step, output[:, group], tolerance, here, "in logits() of the whole sequence")
     _check_decode(pipeline.decode, tokens, later, tolerance)
 
 

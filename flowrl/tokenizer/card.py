@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import yaml
-
 from flowrl import __version__
-from flowrl.config import to_dict
+from flowrl.pretrain.card import configuration, measures
 from flowrl.tokenizer.files import kind
 from flowrl.tokenizer.schema import TokenizerConfig
 from tokenizers_vis.tokenizer import VisualTokenizer
-
-_WHERE = ("output_dir", "resume", "max_minutes")  # of the section run: says nothing about a result
 
 
 def write_card(
@@ -33,11 +29,6 @@ def write_card(
         step: steps done.
         metrics: of the held-out evaluation of these weights.
     """
-    settings = to_dict(config)
-    settings["run"] = {k: v for k, v in settings["run"].items() if k not in _WHERE}
-    used = {k: settings[k] for k in ("run", "tokenizer", "dropout", "addons", "data", "optim")}
-    used["compute"] = {k: settings["compute"][k] for k in ("batch_size", "micro_batch_size")}
-    rows = [f"| `{name}` | {value:.6g} |" for name, value in metrics.items()]
     what = kind(tokenizer.sample_shape)
     lines = [
         f"# {config.run.name}",
@@ -54,15 +45,9 @@ def write_card(
         "",
         f"On {config.eval.num_images} held-out {what}s:",
         "",
-        "| measure | value |",
-        "|---|---|",
-        *rows,
+        *measures(metrics),
         "",
-        "The configuration:",
-        "",
-        "```yaml",
-        yaml.safe_dump(used, sort_keys=False).rstrip(),
-        "```",
+        *configuration(config, ("run", "tokenizer", "dropout", "addons", "data", "optim")),
         "",
     ]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")

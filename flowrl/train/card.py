@@ -45,12 +45,13 @@ def write_card(
     folder = folder or run / "final"
     folder.mkdir(parents=True, exist_ok=True)
     evals = _evaluations(run / "eval", step)
+    language = "bash" if config.eval.num_steps is None else "python"
     sections = [
         _front_matter(config, method),
         _introduction(config, method, step),
         _scores(evals),
         _samples(evals, run / "eval", folder / "images"),
-        f"## Use\n\n```python\n{usage(config, prompt=_prompt(evals))}```",
+        f"## Use\n\n```{language}\n{usage(config, prompt=_prompt(evals))}```",
         _method(config, method),
         _settings(config),
     ]
@@ -62,7 +63,7 @@ def write_card(
 def usage(config: Config, *, prompt: str, folder: Path = Path()) -> str:
     """Python that draws one image with the artefact, sampled as the run's evaluation was.
 
-    It needs flowrl only to find an embedded base model.
+    It needs flowrl only to find an embedded base model. Of a token model it is a line of shell.
 
     Args:
         config: the run's.
@@ -70,6 +71,9 @@ def usage(config: Config, *, prompt: str, folder: Path = Path()) -> str:
         folder: the artefact's, from where the code is run.
     """
     model = config.model
+    if config.eval.num_steps is None:
+        options = f"--guidance-scale {_guidance(config):g}"
+        return f"flowrl sample {_folder(folder)} {_quoted(prompt)} {options}\n"
     scheduler, schedule = _schedule(config)
     sides = (("height", model.height), ("width", model.width))
     size = "".join(f"    {name}={side},\n" for name, side in sides if side is not None)
@@ -83,6 +87,12 @@ def usage(config: Config, *, prompt: str, folder: Path = Path()) -> str:
         "    generator=torch.Generator().manual_seed(0),\n"
         ').images[0]\nimage.save("image.png")\n'
     )
+
+
+def _folder(folder: Path) -> str:
+    """Of the whole model, as a command takes it."""
+    whole = folder / "pipeline"
+    return str(whole) if whole.is_absolute() else f"./{whole}"
 
 
 def _loading(config: Config, folder: Path) -> str:
@@ -165,8 +175,9 @@ def _scores(evals: Sequence[JSON]) -> str:
         [
             "## Scores",
             "",
-            f"On {last['num_samples']} held-out samples, {last['num_steps']} sampler steps, "
-            f"guidance {last['guidance_scale']:g}, the same noise every time "
+            f"On {last['num_samples']} held-out samples, "
+            + (f"{last['num_steps']} sampler steps, " if last["num_steps"] else "")
+            + f"guidance {last['guidance_scale']:g}, the same noise every time "
             f"(seed {last['seed']}). Diversity is the mean distance of two images of one prompt.",
             "",
             f"| | before, step {first['step']} | after, step {last['step']} |",

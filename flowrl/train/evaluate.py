@@ -48,7 +48,7 @@ class Evaluator:
         prompts: held-out; GenEval rows give scores per skill by their "tag".
         rewards: what is measured; the first one is the score.
         weights: the parameter set that is evaluated.
-        num_steps, guidance_scale: of the deterministic sampler.
+        num_steps, guidance_scale: of the deterministic sampler; a token model has no num_steps.
         samples_per_prompt, seed: fix the noise.
         num_shown: samples kept as images, spread over the prompts.
         distance: of a parameter set from the base, by its name; None = not measured.
@@ -57,7 +57,7 @@ class Evaluator:
     prompts: Sequence[Prompt]
     rewards: RewardSet
     weights: str
-    num_steps: int
+    num_steps: int | None
     guidance_scale: float
     samples_per_prompt: int
     seed: int
@@ -77,7 +77,7 @@ class Evaluator:
         )
         with policy.weights.use(self.weights):
             drawn = policy.sample(
-                batch, num_steps=self.num_steps, guidance_scale=self.guidance_scale
+                batch, num_steps=self.num_steps or 0, guidance_scale=self.guidance_scale
             )
         images = drawn.images
         found = self.rewards.score(batch, **read_samples(drawn, self.rewards.inputs))

@@ -57,7 +57,10 @@ KEYS = {
     "eval/distance": "distance of the evaluated weights from the base model: root mean square of "
     "the difference in velocity on noised samples of the base (tokens: in log-probs of its "
     "sequences); logged where monitor.reward is set",
-    "eval/loss": "weighted sum of a tokenizer's losses on the held-out images",
+    "eval/loss": "weighted sum of a tokenizer's losses on the held-out images; of an "
+    "autoregressive model, the negative log-likelihood of a held-out token, nats",
+    "eval/bits_per_token": "the latter in bits",
+    "eval/accuracy": "share of held-out tokens that are the likeliest given those before",
     "eval/loss/<name>": "a term of it before its weight",
     "eval/psnr": "peak signal-to-noise ratio of held-out reconstructions from all tokens, dB, mean "
     "over images",
@@ -84,6 +87,7 @@ KEYS = {
     "samples/train": "images of the rollout with prompts and rewards",
     "samples/train_table": "the same with prompt, seed and rewards, a row per image; W&B only",
     "samples/reconstructions": "held-out images, and below each what growing numbers of tokens say",
+    "samples/drawn": "images that an autoregressive model draws for held-out prompts, same seeds",
     "samples/eval": "images of the held-out evaluation, the same prompts and seeds every time",
     "samples/eval_table": "the same with prompt, seed and rewards, a row per image; W&B only",
     "track/nonfinite": "values of this row that were NaN or infinite and are stored as null",

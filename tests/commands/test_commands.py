@@ -345,7 +345,7 @@ def test_check_says_what_is_trained_on_what_is_watched_and_which_one_guards(conf
          ["win_rate compares the samples of a group", "name it in monitor.proxy"]),
         ("monitor.reward=win_rate & rewards=[{name: win_rate, args: {judge: brightness}}]",
          ["monitor.reward=win_rate is not measured", "add it to eval.rewards"]),
-        ("method.name=grpo & method.args={}", ["grpo trains token policies",
+        ("method.name=grpo & method.args={}", ["grpo trains token models",
                                                "sd3 is a flow model"]),
     ],
 )  # fmt: skip

@@ -376,9 +376,13 @@ class SeesThePresentToken(Logits):
         return logits + torch.nn.functional.one_hot(tokens, 16)
 
 
-class CountsFromTheEnd(Logits):
-    def change(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        return logits + tokens.shape[1]
+class StepsAnotherLaw(ToyTokenPipeline):
+    def step(self, network: nn.Module, state: Any, tokens: Tensor) -> Tensor:
+        return super().step(network, state, tokens.roll(1, 0))
+
+
+class DrawsAPositionTwice(ToyTokenPipeline):
+    groups = (torch.arange(2), *torch.arange(1, 16).split(1))
 
 
 class MixesSequences(Logits):
@@ -404,9 +408,10 @@ class LogitsOfItsOwnNetwork(ToyTokenPipeline):
 
 
 TOKEN = {
-    LogitsOfTheLastPosition: r"logits must be \[3, 16, V\]; got \(3, 16\)",
-    SeesThePresentToken: "with other tokens from position 8 on",
-    CountsFromTheEnd: "of the beginning of the sequence alone",
+    LogitsOfTheLastPosition: r"logits must be \[4, 16, V\]; got \(4, 16\)",
+    SeesThePresentToken: "with other tokens from group 8 on",
+    StepsAnotherLaw: r"step\(\) of group 1 .* in logits\(\) of the whole sequence",
+    DrawsAPositionTwice: "groups must be of all positions 0 to 15, once",
     MixesSequences: "a row of logits must be the same computed alone",
     RandomLogits: "no dropout",
     DetachedLogits: "logits must be with a gradient",

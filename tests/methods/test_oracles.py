@@ -23,7 +23,7 @@ from flowrl.functional.aggregate import aggregate
 from flowrl.methods import METHODS, Method
 from flowrl.methods.spec import shared_start
 from flowrl.policies.flow import FlowPolicy, FlowTrajectory
-from flowrl.policies.token import TokenPolicy
+from flowrl.policies.token import Sampling, TokenPolicy
 from flowrl.policies.weights import FullWeights
 from flowrl.toys import ToyTokenPipeline, token_prompts
 from flowrl.types import Chunk, PromptBatch, Scores
@@ -260,7 +260,7 @@ def test_token_grpo_equals_its_oracle(kl_coef: float) -> None:
     policy = TokenPolicy(
         pipeline,
         FullWeights(network, with_reference=True),
-        temperature=0.8,
+        sampling=Sampling(temperature=0.8),
         rollout_batch_size=7,
         decode_batch_size=7,
         device="cpu",

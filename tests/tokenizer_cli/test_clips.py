@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from flowrl.errors import ConfigError, DataError, MissingDependency
-from flowrl.tokenizer.batches import Batches, Cut
+from flowrl.pretrain.batches import Cut
+from flowrl.tokenizer.batches import ImageBatches
 from flowrl.tokenizer.files import read_sample, sample_files, write_png
 from flowrl.tokenizer.images import Files, Tensors, as_pictures, load_images, render_scenes
 from flowrl.tokenizer.schema import DataSection
@@ -207,7 +208,7 @@ def ramp(file: Path) -> Path:
 def test_all_frames_of_a_clip_are_cut_and_mirrored_alike(tmp_path):
     shape = (3, 3, 4, 4)
     source = Files((ramp(tmp_path / "a.png"),))
-    batch = Batches(source, shape, Cut(32, 32), seed=0, random_crop=True, flip=True)[0, 0]
+    batch = ImageBatches(source, shape, Cut(32, 32), seed=0, random_crop=True, flip=True)[0, 0]
     assert batch.shape == (32, *shape)
     assert torch.equal(batch[:, 1] - 3, batch[:, 0]) and torch.equal(batch[:, 2] - 6, batch[:, 0])
     rows = batch[:, 0, 0, 0].int()
@@ -215,14 +216,14 @@ def test_all_frames_of_a_clip_are_cut_and_mirrored_alike(tmp_path):
     rising, falling = steps.count([10] * 3), steps.count([-10] * 3)
     assert rising + falling == 32 and min(rising, falling) > 4
     assert len(rows.min(1).values.unique()) > 4  # cut at many places
-    centred = Batches(source, shape, Cut(2, 2), seed=0)[0, 0]
+    centred = ImageBatches(source, shape, Cut(2, 2), seed=0)[0, 0]
     assert centred[0, 0, 0, 0].tolist() == [80, 90, 100, 110]
 
 
 def test_mirroring_leaves_the_clips_in_memory_alone():
     clips = torch.arange(2 * 2 * 3 * 2 * 2, dtype=torch.uint8).view(2, 2, 3, 2, 2)
     before = clips.clone()
-    batch = Batches(Tensors(clips), (2, 3, 2, 2), Cut(16, 16), seed=0, flip=True)[0, 0]
+    batch = ImageBatches(Tensors(clips), (2, 3, 2, 2), Cut(16, 16), seed=0, flip=True)[0, 0]
     assert torch.equal(clips, before)
     seen = {tuple(each.flatten().tolist()) for each in batch}
     wanted = {tuple(c.flatten().tolist()) for c in (*clips, *clips.flip(-1))}

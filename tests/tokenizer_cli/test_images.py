@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from flowrl.errors import ConfigError, DataError, MissingDependency
-from flowrl.tokenizer.batches import Batches, Cut, batches_of, numbers_of
+from flowrl.pretrain.batches import Cut, batches_of, numbers_of
+from flowrl.tokenizer.batches import ImageBatches
 from flowrl.tokenizer.files import fit_image, read_sample
 from flowrl.tokenizer.images import Tensors, load_images, render_scenes
 from flowrl.tokenizer.schema import DataSection
@@ -158,21 +159,21 @@ def test_a_dataset_on_the_disk_is_read(tmp_path, monkeypatch, layout):
 def test_an_epoch_shows_every_image_once():
     cut = Cut(batch_size=6, micro_batch_size=3)
     drawn = [
-        numbers_of(step, micro, num_images=9, cut=cut, seed=0)[0]
+        numbers_of(step, micro, num_samples=9, cut=cut, seed=0)[0]
         for step in range(3)
         for micro in range(2)
     ]
     order = np.concatenate(drawn)  # 18 places are two epochs of 9
     assert sorted(order[:9]) == list(range(9)) == sorted(order[9:])
     assert not np.array_equal(order[:9], order[9:])
-    other = numbers_of(0, 0, num_images=9, cut=cut, seed=1)[0]
+    other = numbers_of(0, 0, num_samples=9, cut=cut, seed=1)[0]
     assert not np.array_equal(other, drawn[0])
 
 
 def counted(cut, start=0, **how):
     images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(10, 3, 2, 2)
-    batches = Batches(Tensors(images), (3, 2, 2), cut, seed=3, **how)
-    steps = batches_of(batches, start=start, steps=4, workers=0)
+    batches = ImageBatches(Tensors(images), (3, 2, 2), cut, seed=3, **how)
+    steps = batches_of(batches, start=start, steps=4)
     return [[part[:, 0, 0, 0].tolist() for part in step] for step in steps]
 
 
@@ -192,7 +193,7 @@ def test_reading_draws_nothing_from_the_global_generator():
 def test_about_half_of_the_images_are_mirrored():
     image = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
     image[..., 1] = 255
-    batches = Batches(Tensors(image), (3, 2, 2), Cut(64, 64), seed=0, flip=True)
+    batches = ImageBatches(Tensors(image), (3, 2, 2), Cut(64, 64), seed=0, flip=True)
     mirrored = (batches[0, 0][:, 0, 0, 0] == 255).sum()
     assert 16 < mirrored < 48
     assert torch.equal(batches[0, 0], batches[0, 0])
@@ -203,8 +204,8 @@ def test_a_random_crop_is_drawn_anew_every_time(folder):
 
     ramp = folder / "ramp.png"
     columns(*range(0, 160, 2)).save(ramp)
-    batches = Batches(Files((ramp,)), (3, 4, 4), Cut(8, 8), seed=0, random_crop=True)
+    batches = ImageBatches(Files((ramp,)), (3, 4, 4), Cut(8, 8), seed=0, random_crop=True)
     lefts = batches[0, 0][:, 0, 0, 0]
     assert len(lefts.unique()) > 4 and torch.equal(lefts, batches[0, 0][:, 0, 0, 0])
-    centred = Batches(Files((ramp,)), (3, 4, 4), Cut(8, 8), seed=0)
+    centred = ImageBatches(Files((ramp,)), (3, 4, 4), Cut(8, 8), seed=0)
     assert centred[0, 0][:, 0, 0, 0].unique().tolist() == [76]  # (80 - 4) / 2 = 38th column

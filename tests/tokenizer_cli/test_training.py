@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from flowrl.errors import ConfigError, NonFiniteError
+from flowrl.pretrain.step import Learner
 from flowrl.tokenizer.heldout import evaluate_held_out, psnr, shown_counts
 from flowrl.tokenizer.images import to_float
-from flowrl.tokenizer.step import Learner
 from flowrl.train.statefiles import read_weights
 from flowrl.train.track import read_metrics
 from tests.tokenizer_cli.toys import FLEXTOK, FSQ, GRID, toy_run, write_config
@@ -130,7 +130,7 @@ def test_the_average_is_evaluated_and_exported(tmp_path):
     assert torch.equal(state["ema"][name], exported[name])
     assert torch.equal(state["training"][f"tokenizer.{name}"], parameter)
     tokenizer = load_pretrained(tmp_path / "runs/toy/final")
-    images = to_float(run.held_out, torch.device("cpu"))
+    images = to_float(run.task.held_out, torch.device("cpu"))
     with torch.no_grad():
         drawn = tokenizer.decode(tokenizer.encode(images))
     measured = rows(tmp_path)[-1]["eval/psnr"]
@@ -159,7 +159,7 @@ def test_reconstructions_are_shown_for_growing_counts(tmp_path):
     with Image.open(tmp_path / "runs/toy/samples/reconstructions_000003.png") as grid:
         assert grid.size == (3 * 16 + 2 * 2, 4 * 16 + 3 * 2)  # 3 images; originals and 3 counts
         shown = torch.tensor(list(grid.crop((0, 0, 16, 16)).getdata())).T.reshape(3, 16, 16)
-    assert torch.equal(shown.to(torch.uint8), run.held_out[0])
+    assert torch.equal(shown.to(torch.uint8), run.task.held_out[0])
 
 
 def test_evaluating_does_not_disturb_training(tmp_path):
@@ -167,7 +167,7 @@ def test_evaluating_does_not_disturb_training(tmp_path):
     training, state = run.weights.training.train(), torch.get_rng_state()
     before = {name: value.clone() for name, value in training.state_dict().items()}
     how = {"batch_size": 3, "num_shown": 2, "seed": 0, "progress": 0.5}
-    evaluate_held_out(training, run.held_out, **how, device=torch.device("cpu"))
+    evaluate_held_out(training, run.task.held_out, **how, device=torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), state) and training.tokenizer.training
     assert_same(dict(training.state_dict()), before)
     for name, every in (("often", 1), ("never", 0)):

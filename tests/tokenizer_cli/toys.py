@@ -9,8 +9,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from flowrl.pretrain.loop import PretrainRun
 from flowrl.tokenizer.build import build_run
-from flowrl.tokenizer.loop import TokenizerRun
 from flowrl.tokenizer.schema import load_tokenizer_config
 from tokenizers_vis.addons.base import AddOn
 from tokenizers_vis.quantizers.base import LossTerm
@@ -45,7 +45,7 @@ def write_config(folder: Path, **sections: Any) -> Path:
     return file
 
 
-def toy_run(folder: Path, *overrides: str, **sections: Any) -> TokenizerRun:
+def toy_run(folder: Path, *overrides: str, **sections: Any) -> PretrainRun:
     config = load_tokenizer_config(write_config(folder, **sections), overrides)
     return build_run(config, where="toy.yaml")
 

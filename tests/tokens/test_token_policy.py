@@ -5,6 +5,7 @@ log-prob kept from the sampler's own logits; a network that sees the token that 
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from flowrl.data.sampler import GroupSampler
 from flowrl.errors import ConfigError, DataError
+from flowrl.functional.tokens import inverse_cdf
 from flowrl.methods.spec import TokenPlan
-from flowrl.policies.token import TokenPolicy, inverse_cdf
+from flowrl.policies.token import Sampling, TokenPolicy
 from flowrl.policies.weights import FullWeights
 from flowrl.toys import NUM_SYMBOLS, ToyTokenPipeline, token_prompts
 from flowrl.types import PromptBatch
@@ -23,7 +25,11 @@ PLAN = TokenPlan()
 
 
 def policy(
-    *, rollout_batch_size: int = 7, decode_batch_size: int = 5, temperature: float = 0.8
+    *,
+    rollout_batch_size: int = 7,
+    decode_batch_size: int = 5,
+    temperature: float = 0.8,
+    **sampling: Any,
 ) -> TokenPolicy:
     """On a network whose logits are spread as a trained one's."""
     pipeline = ToyTokenPipeline(seed=0)
@@ -33,7 +39,7 @@ def policy(
     return TokenPolicy(
         pipeline,
         FullWeights(pipeline.network, with_reference=False),
-        temperature=temperature,
+        sampling=Sampling(temperature=temperature, **sampling),
         rollout_batch_size=rollout_batch_size,
         decode_batch_size=decode_batch_size,
         device="cpu",
@@ -165,7 +171,7 @@ def test_evaluate_gives_log_prob_and_entropy_of_the_softmax_at_temperature() -> 
     torch.testing.assert_close(new.log_prob, probs.gather(-1, tokens[..., None]).squeeze(-1).log())
 
 
-def test_the_toys_logits_are_causal_and_a_prefix_gives_the_same() -> None:
+def test_the_toys_logits_are_causal() -> None:
     drawn = policy()
     pipeline, network = drawn.pipeline, drawn.pipeline.network
     tokens = torch.randint(NUM_SYMBOLS, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -177,8 +183,6 @@ def test_the_toys_logits_are_causal_and_a_prefix_gives_the_same() -> None:
         difference = (pipeline.logits(network, changed, conditioning) - logits).abs().amax((0, 2))
         assert not difference[: position + 1].any()
         assert position == 15 or difference[position + 1] > 1e-3
-        prefix = pipeline.logits(network, tokens[:, : position + 1], conditioning)
-        torch.testing.assert_close(prefix, logits[:, : position + 1])
 
 
 def test_the_untrained_toy_draws_uniformly() -> None:
@@ -235,9 +239,73 @@ def test_saving_writes_the_weights_in_use(tmp_path: Path) -> None:
         assert torch.equal(stored[name], value)
 
 
-def test_what_a_token_policy_cannot_do_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"no guidance, got guidance_scale=4\.5"):
-        policy().sample(batch(), num_steps=1, guidance_scale=4.5)
+GUIDED = [
+    {"guidance_scale": 3.0},
+    {"guidance_scale": 3.0, "guidance_schedule": "linear", "temperature": 0.5},
+    {"guidance_scale": 2.0, "guidance_schedule": "cosine"},
+    {"guidance_scale": 3.0, "log_prob": "conditional"},
+]
+
+
+@pytest.mark.parametrize("sampling", GUIDED, ids=str)
+def test_ratio_is_one_with_guidance_however_it_is_cut(sampling: dict[str, Any]) -> None:
+    drawn = policy(**sampling)
+    rollout, trajectory = drawn.rollout(batch(), PLAN)
+    old = trajectory.decisions.old_log_prob
+    index = torch.arange(24)
+    new = torch.cat([drawn.evaluate(trajectory, part).log_prob for part in index.split(5)])
+    assert (new - old).abs().max() < 2e-6
+    other = policy(**sampling, rollout_batch_size=24)
+    assert torch.equal(other.rollout(batch(), PLAN)[1].tokens, trajectory.tokens)
+    rows = 2 * 16 + (1 if sampling.get("log_prob") else 2)
+    assert rollout.network_evals == 24 * rows
+
+
+def test_guided_tokens_are_drawn_from_the_law_that_scores_them() -> None:
+    drawn = policy(rollout_batch_size=1200, guidance_scale=2.0, guidance_schedule="linear")
+    _, trajectory = drawn.rollout(batch(num_groups=100), PLAN)
+    with torch.no_grad():
+        new = drawn.evaluate(trajectory, torch.arange(600))
+    assert new.entropy is not None
+    gap = new.log_prob + new.entropy
+    assert abs(gap.mean()) < 4 * gap.std() * gap.numel() ** -0.5
+
+
+def test_conditional_log_probs_are_of_the_law_without_guidance() -> None:
+    drawn = policy(guidance_scale=3.0, log_prob="conditional")
+    _, trajectory = drawn.rollout(batch(), PLAN)
+    guided = policy(guidance_scale=3.0).rollout(batch(), PLAN)[1]
+    assert torch.equal(guided.tokens, trajectory.tokens)  # drawn from the same law
+    plain = policy().evaluate(trajectory, torch.arange(24)).log_prob
+    assert torch.equal(plain, drawn.evaluate(trajectory, torch.arange(24)).log_prob)
+    difference = guided.decisions.old_log_prob - trajectory.decisions.old_log_prob
+    assert difference.abs().max() > 0.1
+
+
+def test_guided_logits_are_u_plus_s_times_c_minus_u_at_every_step() -> None:
+    drawn = policy(guidance_scale=3.0, guidance_schedule="linear", temperature=1.0)
+    _, trajectory = drawn.rollout(batch(), PLAN)
+    index = torch.tensor([2, 9])
+    pipeline, tokens = drawn.pipeline, trajectory.tokens[index]
+    texts = [trajectory.batch.prompts[i].text for i in index.tolist()]
+    with_prompt = pipeline.logits(pipeline.network, tokens, pipeline.encode(texts))
+    without = pipeline.logits(pipeline.network, tokens, pipeline.encode(["", ""]))
+    scale = 1 + 2 * torch.arange(16)[:, None] / 15
+    logits = without + scale * (with_prompt - without)
+    expected = logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+    torch.testing.assert_close(drawn.evaluate(trajectory, index).log_prob, expected)
+
+
+def test_sample_takes_the_evaluations_guidance_and_one_is_none() -> None:
+    plain, guided = policy(), policy(guidance_scale=3.0)
+    with_scale = plain.sample(batch(), num_steps=1, guidance_scale=3.0)
+    assert torch.equal(with_scale.images, guided.rollout(batch(), PLAN)[0].images)
+    assert with_scale.network_evals == 24 * 32
+    without = guided.sample(batch(), num_steps=1, guidance_scale=1.0)
+    assert torch.equal(without.images, plain.rollout(batch(), PLAN)[0].images)
+
+
+def test_a_temperature_that_is_none_is_refused() -> None:
     with pytest.raises(ConfigError, match="temperature must be positive, got 0"):
         policy(temperature=0.0)
     with pytest.raises(DataError, match="did you mean 'symbol 1'"):

@@ -1,4 +1,4 @@
-"""What a training keeps: all weights and statistics, and the average of the tokenizer's."""
+"""What a training keeps: all weights and statistics, and the average of the model's."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from tokenizers_vis.training import TokenizerTraining
+from torch import Tensor, nn
 
 
 class TrainingWeights:
     """The state of a training, and the moving average that is evaluated and exported.
 
-    The average is of the tokenizer's trained parameters. Statistics (a codebook that moves by
-    averages of its own) are taken as they are.
+    The average is of the model's trained parameters. Statistics (a codebook that moves by averages
+    of its own) are taken as they are.
 
     Args:
-        training: tokenizer and add-ons.
+        training: everything that is trained or moves.
+        model: the part of it that is exported.
         ema_decay: of the average; None = there is none.
     """
 
-    def __init__(self, training: TokenizerTraining, *, ema_decay: float | None) -> None:
+    def __init__(self, training: nn.Module, model: nn.Module, *, ema_decay: float | None) -> None:
         self.training = training
+        self.model = model
         self.ema_decay = ema_decay
         self.ema: dict[str, Tensor] = {}
         if ema_decay is not None:
@@ -40,7 +40,7 @@ class TrainingWeights:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside the `with`, the tokenizer computes with the average, if there is one."""
+        """Inside the `with`, the model computes with the average, if there is one."""
         self._exchange()
         try:
             yield
@@ -64,7 +64,7 @@ class TrainingWeights:
             value.copy_(state["ema"][name])
 
     def _trained(self) -> Iterator[tuple[str, Tensor]]:
-        named = self.training.tokenizer.named_parameters()
+        named = self.model.named_parameters()
         return ((name, p) for name, p in named if p.requires_grad)
 
     def _exchange(self) -> None:

@@ -1,6 +1,6 @@
-"""The run of a tokenizer's training: steps, evaluations, checkpoints, and the exported weights.
+"""A run of training: steps, evaluations, checkpoints, and the exported weights.
 
-Reading order: `TokenizerRun.run`, `_train_step`, `_evaluate`, `_export`.
+Reading order: `PretrainRun.run`, `_train_step`, `_evaluate`, `_export`.
 """
 
 from __future__ import annotations
@@ -8,52 +8,49 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
-from torch import Tensor
 
 from flowrl.config import to_dict
-from flowrl.tokenizer.batches import Batches, batches_of
-from flowrl.tokenizer.card import write_card
-from flowrl.tokenizer.heldout import evaluate_held_out
-from flowrl.tokenizer.schema import FREE, TokenizerConfig
-from flowrl.tokenizer.step import Learner
-from flowrl.tokenizer.weights import TrainingWeights
+from flowrl.pretrain.batches import Batches, batches_of
+from flowrl.pretrain.schema import FREE
+from flowrl.pretrain.step import Learner
+from flowrl.pretrain.task import Task
+from flowrl.pretrain.weights import TrainingWeights
 from flowrl.train.checkpoint import Checkpoints, Together
 from flowrl.train.control import Clock
 from flowrl.train.lifecycle import Life, running
 from flowrl.train.machine import max_memory_gb
 from flowrl.train.resume import find_checkpoint
 from flowrl.train.runfiles import replaced
-from tokenizers_vis.registry import save_pretrained
 
 FINAL = "final"
-_SHOWN = ("eval/loss", "eval/psnr", "eval/usage/used")
 
 
-class TokenizerRun:
-    """One run. Build it with `flowrl.tokenizer.build.build_run`.
+class PretrainRun:
+    """One run. Build it with `flowrl.tokenizer.build.build_run` or `flowrl.ar.build.build_run`.
 
     Args:
-        config: the run's.
+        config: a record with the sections of `flowrl.pretrain.schema`.
         folder: the run's.
         accelerator: that prepared the learner's parts.
         learner: trains.
         weights: everything that training changes.
-        batches: of training images.
-        held_out: uint8 [N, *sample_shape], never trained on.
+        batches: of what is trained on.
+        task: measures and exports.
     """
 
     def __init__(
         self,
         *,
-        config: TokenizerConfig,
+        config: Any,
         folder: Path,
         accelerator: Accelerator,
         learner: Learner,
         weights: TrainingWeights,
         batches: Batches,
-        held_out: Tensor,
+        task: Task,
     ) -> None:
         self.config = config
         self.folder = folder
@@ -61,7 +58,7 @@ class TokenizerRun:
         self.learner = learner
         self.weights = weights
         self.batches = batches
-        self.held_out = held_out
+        self.task = task
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
         self.train_seconds = 0.0
         self._step = 0
@@ -90,12 +87,7 @@ class TokenizerRun:
     def _run(self, life: Life) -> str:
         settings = self.config
         self.learner.main.network.train()
-        batches = batches_of(
-            self.batches,
-            start=self._step,
-            steps=settings.run.steps,
-            workers=settings.data.workers,
-        )
+        batches = batches_of(self.batches, start=self._step, steps=settings.run.steps)
         how = None
         while how is None and self._step < settings.run.steps:
             self._train_step(batches)
@@ -117,7 +109,7 @@ class TokenizerRun:
         is_reached = limit is not None and self.train_seconds / 60 >= limit
         return f"run.max_minutes={limit}" if is_reached else ""
 
-    def _train_step(self, batches: Iterator[list[Tensor]]) -> None:
+    def _train_step(self, batches: Iterator[list[Any]]) -> None:
         clock = Clock.started()
         batch = next(batches)
         data_s = clock.lap()
@@ -144,26 +136,20 @@ class TokenizerRun:
         if self._evaluated == self._step:
             return
         self._evaluated = self._step
-        settings = self.config.eval
         if self.accelerator.is_main_process:
+            progress = self._step / self.config.run.steps
             with self.weights.averaged():
-                found = evaluate_held_out(
-                    self.weights.training,
-                    self.held_out,
-                    batch_size=settings.batch_size,
-                    num_shown=settings.num_shown,
-                    seed=settings.seed,
-                    progress=self._step / self.config.run.steps,
-                    device=self.accelerator.device,
-                )
-            self.tracker.log(self._step, found.metrics)
+                found = self.task.measure(progress=progress, device=self.accelerator.device)
             self._measured = found.metrics
-            columns = found.images.shape[1]
-            captions = [row for row in found.rows for _ in range(columns)]
-            key = "samples/reconstructions"
-            images = found.images.flatten(0, 1)
-            self.tracker.log_images(self._step, key, images, captions, columns=columns)
-            shown = {key: found.metrics[key] for key in _SHOWN if key in found.metrics}
+            self.tracker.log(self._step, found.metrics)
+            self.tracker.log_images(
+                self._step,
+                f"samples/{found.name}",
+                found.images,
+                found.captions,
+                columns=found.columns,
+            )
+            shown = {k: found.metrics[k] for k in self.task.shown if k in found.metrics}
             self.progress.evaluated(self._step, shown)
         self.accelerator.wait_for_everyone()
 
@@ -194,12 +180,8 @@ class TokenizerRun:
         return self._step
 
     def _export(self) -> None:
-        """The tokenizer as `load_pretrained` reads it: the weights that were evaluated."""
+        """The model as it is loaded again: the weights that were evaluated."""
         with Together(self.accelerator, self.folder / FINAL):
             if self.accelerator.is_main_process:
-                tokenizer = self.weights.training.tokenizer
                 with replaced(self.folder / FINAL) as folder, self.weights.averaged():
-                    save_pretrained(tokenizer, folder)
-                    write_card(
-                        folder, self.config, tokenizer, step=self._step, metrics=self._measured
-                    )
+                    self.task.export(folder, step=self._step, metrics=self._measured)

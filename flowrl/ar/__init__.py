@@ -1,0 +1,1 @@
+"""Training of autoregressive generators on captioned images; `pipelines.ar` has the generators."""

@@ -1,0 +1,29 @@
+"""`flowrl ar ...`: train autoregressive generators on visual tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Train autoregressive image models on visual tokens.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `train` a command of its own while it is the only one."""
+
+
+@app.command("train")
+def _train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The training's YAML file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Dotted keys to override, such as optim.lr=1e-4."),
+    ] = None,
+) -> None:
+    """Train the generator that CONFIG names; RUN/final is a model that `flowrl train` aligns."""
+    from flowrl.commands import ar_tools
+
+    ar_tools.train(config, overrides or [])

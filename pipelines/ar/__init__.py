@@ -1,0 +1,1 @@
+"""Autoregressive image models on visual tokens: orders, generators, and their pipeline."""
