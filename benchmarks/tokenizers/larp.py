@@ -1,6 +1,6 @@
 """LARP's claim: with its prior an independent model needs fewer bits for a token, at what price?
 
-    python benchmarks/tokenizers/larp.py [--seeds 0 1 2] [--steps 1200] [--arms ...]
+    python benchmarks/tokenizers/larp.py [--seeds 0 1 2] [--steps 800] [--arms ...]
 
 Paper: LARP, arXiv:2410.21264. The cheap way to fewer bits is to use fewer codes or to draw worse
 images, so the claim is gated on three numbers at once, against the same tokenizer without a prior:
@@ -252,7 +252,7 @@ def main() -> None:
     """Trains what is not there yet, prints the table, writes docs/tokenizers/larp.json."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=1200, help="of every training")
+    parser.add_argument("--steps", type=int, default=800, help="of every training")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     args = parser.parse_args()
     torch.set_num_threads(1)
