@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from flowrl import __version__
 from flowrl.commands import ar, rewards, tokenizer
+from flowrl.commands.options import ConfigPath, Overrides
 from flowrl.errors import FlowrlError
 
 EXIT_FAILED = 1
@@ -80,11 +81,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Dotted keys to override, such as optim.lr=1e-4."),
-]
 Model = Annotated[
     str,
     typer.Argument(

@@ -8,14 +8,13 @@ Errors are plain LookupError, ValueError and FileNotFoundError with the closest 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import importlib
 import json
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, cast
 
+from tokenizers_vis.lookup import check_arguments, find_class, local_folder
 from tokenizers_vis.tokenizer import VisualTokenizer
 from tokenizers_vis.weights import fit_weights, load_tensors
 
@@ -48,20 +47,9 @@ def tokenizer_class(name: str) -> type[VisualTokenizer]:
         LookupError: there is none.
     """
     plugins = {point.name: point.value for point in entry_points(group=PLUGINS)}
-    target = TOKENIZERS.get(name) or plugins.get(name) or (name if ":" in name else None)
-    if target is None:
-        known = [*TOKENIZERS, *sorted(plugins)]
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean '{close[0]}'? " if close else ""
-        raise LookupError(f"there is no tokenizer '{name}'; {hint}(one of: {', '.join(known)})")
-    module, _, attribute = target.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise LookupError(f"tokenizer '{name}': {error}") from error
-    if not (isinstance(found, type) and issubclass(found, VisualTokenizer)):
-        raise LookupError(f"tokenizer '{name}': {target} is no VisualTokenizer")
-    return found
+    return find_class(
+        name, {**TOKENIZERS, **plugins, **TOKENIZERS}, VisualTokenizer, what="tokenizer"
+    )
 
 
 def make_tokenizer(name: str, args: Mapping[str, Any] | None = None) -> VisualTokenizer:
@@ -87,12 +75,7 @@ def read_config(config: type[Any], args: Mapping[str, Any], *, where: str) -> An
     """
     from pydantic import TypeAdapter, ValidationError
 
-    known = [each.name for each in dataclasses.fields(config)]
-    for key in args:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean '{close[0]}'? " if close else ""
-            raise ValueError(f"{where} has no argument '{key}'; {hint}(one of: {', '.join(known)})")
+    check_arguments(args, [each.name for each in dataclasses.fields(config)], where=where)
     try:
         return TypeAdapter(config).validate_python(dict(args))
     except ValidationError as error:
@@ -130,8 +113,9 @@ def load_pretrained(source: Path | str, *, revision: str | None = None) -> Visua
     name, _, published = str(source).partition(":")
     if published and not Path(source).exists():
         return tokenizer_class(name).from_published(published, revision=revision)
-    folder = _folder_of(source, revision)
-    for name in (CONFIG, WEIGHTS):
+    files = (CONFIG, WEIGHTS)
+    folder = local_folder(source, revision=revision, ours=embedded(), files=files)
+    for name in files:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{source}: {name} is missing; a tokenizer has both files")
     stored = json.loads((folder / CONFIG).read_text())
@@ -142,23 +126,6 @@ def load_pretrained(source: Path | str, *, revision: str | None = None) -> Visua
     return tokenizer.eval()
 
 
-def embedded() -> tuple[str, ...]:
-    """The names of the trained tokenizers that live in this package."""
-    return tuple(sorted(folder.name for folder in _EMBEDDED.glob("*") if folder.is_dir()))
-
-
-def _folder_of(source: Path | str, revision: str | None) -> Path:
-    """The local folder of a source, downloaded if it is a Hub id."""
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    if str(source) in embedded():
-        return _EMBEDDED / source
-    if str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
-        ours = ", ".join(embedded())
-        raise FileNotFoundError(
-            f"{source}: there is no such folder, and it is no Hub id, nor one of ours ({ours})"
-        )
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(str(source), revision=revision, allow_patterns=[CONFIG, WEIGHTS]))
+def embedded() -> dict[str, Path]:
+    """The folders of the trained tokenizers that live in this package, by name."""
+    return {folder.name: folder for folder in sorted(_EMBEDDED.glob("*")) if folder.is_dir()}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
+
+from flowrl.commands.options import ConfigPath, Overrides
 
 app = typer.Typer(help="Train autoregressive image models on visual tokens.", no_args_is_help=True)
 
@@ -17,11 +16,8 @@ def _group() -> None:
 
 @app.command("train")
 def _train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The training's YAML file.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Dotted keys to override, such as optim.lr=1e-4."),
-    ] = None,
+    config: ConfigPath,
+    overrides: Overrides = None,
 ) -> None:
     """Train the generator that CONFIG names; RUN/final is a model that `flowrl train` aligns."""
     from flowrl.commands import ar_tools

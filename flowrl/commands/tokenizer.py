@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from flowrl.commands import tokenizer_eval
+from flowrl.commands.options import ConfigPath, Overrides
 
 app = typer.Typer(
     help="Train visual tokenizers, compare them; turn images and clips into tokens and back.",
@@ -25,11 +26,8 @@ Source = Annotated[
 
 @app.command("train")
 def _train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The training's YAML file.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Dotted keys to override, such as optim.lr=1e-4."),
-    ] = None,
+    config: ConfigPath,
+    overrides: Overrides = None,
 ) -> None:
     """Train the tokenizer that CONFIG names; RUN/final is what `encode` and `decode` load."""
     from flowrl.commands import tokenizer_tools

@@ -6,6 +6,7 @@ see the same ones. Reading order: `numbers_of`, `Batches`, `batches_of`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -64,7 +65,7 @@ def _order(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.default_rng(derive_seed(seed, "order", epoch)).permutation(num_samples)
 
 
-class Batches(Dataset[Any]):
+class Batches(Dataset[Any], ABC):
     """Micro-batches by (step, number in the step); a subclass says what a sample is.
 
     Attributes:
@@ -77,13 +78,13 @@ class Batches(Dataset[Any]):
     seed: int
     workers: int = 0
 
+    @abstractmethod
     def __len__(self) -> int:
         """Samples there are."""
-        raise NotImplementedError
 
+    @abstractmethod
     def __getitem__(self, key: tuple[int, int]) -> Any:
         """The micro-batch, of which `numbers` says the samples."""
-        raise NotImplementedError
 
     def numbers(self, key: tuple[int, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Int64 [micro_batch_size]: a micro-batch's samples, and their places in the whole run."""

@@ -8,8 +8,6 @@ visual_tokenizer/    tokenizers_vis's, unless config.json names one
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pipelines.ar.generator import Generator
+from tokenizers_vis.lookup import find_class, local_folder
 from tokenizers_vis.registry import load_pretrained, read_config, save_pretrained
 from tokenizers_vis.tokenizer import VisualTokenizer
 from tokenizers_vis.weights import fit_weights, load_tensors
@@ -37,21 +36,7 @@ def generator_class(name: str) -> type[Generator]:
     Raises:
         LookupError: there is none.
     """
-    target = GENERATORS.get(name) or (name if ":" in name else None)
-    if target is None:
-        close = difflib.get_close_matches(name, GENERATORS, n=1)
-        hint = f"did you mean '{close[0]}'? " if close else ""
-        raise LookupError(
-            f"there is no generator '{name}'; {hint}(one of: {', '.join(GENERATORS)})"
-        )
-    module, _, attribute = target.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise LookupError(f"generator '{name}': {error}") from error
-    if not (isinstance(found, type) and issubclass(found, Generator)):
-        raise LookupError(f"generator '{name}': {target} is no Generator")
-    return found
+    return find_class(name, GENERATORS, Generator, what="generator")  # type: ignore[type-abstract]
 
 
 def make_generator(name: str, args: Mapping[str, Any], tokenizer: VisualTokenizer) -> Generator:
@@ -114,7 +99,7 @@ def load_model(source: Path | str, *, revision: str | None = None) -> Model:
     """
     from transformers import AutoTokenizer
 
-    folder = _folder_of(source, revision)
+    folder = local_folder(source, revision=revision, ours={})
     for name in (CONFIG, WEIGHTS, TEXT):
         if not (folder / name).exists():
             raise FileNotFoundError(
@@ -130,15 +115,3 @@ def load_model(source: Path | str, *, revision: str | None = None) -> Model:
     fit_weights(generator, load_tensors(folder / WEIGHTS), where=str(folder / WEIGHTS))
     texts = AutoTokenizer.from_pretrained(folder / TEXT)
     return Model(generator.eval(), tokenizer.requires_grad_(False), texts, visual)
-
-
-def _folder_of(source: Path | str, revision: str | None) -> Path:
-    """The local folder of a source, downloaded if it is a Hub id."""
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    if str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
-        raise FileNotFoundError(f"{source}: there is no such folder, and it is no Hub id")
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(str(source), revision=revision))
